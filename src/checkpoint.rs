@@ -1,0 +1,445 @@
+//! A checkpoint: a file, a directory of shard files or a converted tree, as one validated table of named tensors.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::Metadata;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::UNIX_EPOCH;
+
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::dtype;
+use crate::error::{Error, Result};
+use crate::file;
+use crate::header;
+use crate::index;
+use crate::journal;
+use crate::manifest::{self, MANIFEST_NAME, Manifest, hex128};
+use crate::mapping::Mapping;
+use crate::mxfp4::{self, Candidate};
+use crate::ordered_map::OrderedMap;
+use crate::output::npy;
+
+/// Extension of the files that a directory without an index is made of.
+const SAFETENSORS_SUFFIX: &str = ".safetensors";
+
+/// An opened checkpoint. Opening reads headers only; no tensor data.
+#[derive(Debug)]
+pub struct Checkpoint {
+    root: PathBuf,
+    kind: Kind,
+    files: Vec<SourceFile>,
+    fingerprints: Vec<Fingerprint>,
+    tensors: Vec<TensorSpec>,
+    by_name: HashMap<String, usize>,
+    metadata: OrderedMap<String>,
+    total_parameters: u64,
+    stored_elements: u64,
+}
+
+/// What a checkpoint was opened from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// One safetensors file.
+    File,
+    /// A directory of safetensors files.
+    Directory,
+    /// A tree that a conversion wrote.
+    Tree,
+}
+
+/// One file with tensor data.
+#[derive(Debug)]
+pub struct SourceFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its path relative to the checkpoint, with `/`.
+    pub name: String,
+    /// Its size when it was opened.
+    pub nbytes: u64,
+    /// Its modification time when it was opened, in nanoseconds since 1970.
+    pub modified_ns: u128,
+    mapping: Mutex<Weak<Mapping>>,
+}
+
+/// What identifies one file of a source.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Fingerprint {
+    /// Name relative to the checkpoint.
+    pub name: String,
+    /// Size.
+    pub nbytes: u64,
+    /// Hash of the header; of the whole manifest where the source is a converted tree.
+    #[serde(with = "hex128")]
+    pub header_xxh3_128: u128,
+}
+
+/// One tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Full dotted name.
+    pub name: String,
+    /// Logical dtype.
+    pub dtype: Dtype,
+    /// Logical shape.
+    pub shape: Vec<u64>,
+    /// Bytes of data.
+    pub nbytes: u64,
+    /// Where its data stands, in order; one part unless a conversion split it.
+    pub parts: Vec<Part>,
+}
+
+/// A stretch of a tensor's data in one file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// Index into [`Checkpoint::files`].
+    pub file: usize,
+    /// Where it begins in the file.
+    pub offset: u64,
+    /// Its size.
+    pub nbytes: u64,
+}
+
+/// A stretch of a mapped file, which it keeps alive.
+#[derive(Debug, Clone)]
+pub struct View {
+    mapping: Arc<Mapping>,
+    range: Range<usize>,
+}
+
+impl View {
+    /// The bytes.
+    #[must_use]
+    pub fn bytes(&self) -> &[u8] {
+        self.mapping.slice(self.range.clone())
+    }
+}
+
+impl Checkpoint {
+    /// Opens `source`: a safetensors file, a directory of them, or a converted tree.
+    ///
+    /// A directory with an index consists of the index's files; one without of every top-level `*.safetensors`.
+    pub fn open(source: &Path) -> Result<Self> {
+        let metadata = std::fs::metadata(source).map_err(|fault| Error::io(source, fault))?;
+        if !metadata.is_dir() {
+            let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            return Self::from_safetensors(source, Kind::File, vec![(name, source.to_path_buf())]);
+        }
+        let names = file_names(source)?;
+        if names.iter().any(|name| name == MANIFEST_NAME) {
+            let path = source.join(MANIFEST_NAME);
+            let bytes = file::read_bounded(&path, manifest::MAX_MANIFEST_BYTES)?;
+            // Some other tool's manifest.json beside safetensors files says nothing about them.
+            if manifest::is_ours(&bytes) || !names.iter().any(|name| name.ends_with(SAFETENSORS_SUFFIX)) {
+                return Self::from_tree(source, &bytes);
+            }
+        }
+        let mut files = match index::find(source, &names)? {
+            Some(index_path) => {
+                let index = index::read(&index_path)?;
+                let checkpoint = Self::from_safetensors(source, Kind::Directory, index.files(source))?;
+                index.check(&index_path, &checkpoint)?;
+                return Ok(checkpoint);
+            }
+            None => names.iter().filter(|name| name.ends_with(SAFETENSORS_SUFFIX)).collect::<Vec<_>>(),
+        };
+        if files.is_empty() {
+            let found = if names.iter().any(|name| name == journal::JOURNAL_NAME) {
+                "an unfinished conversion (convert with resume finishes it)"
+            } else {
+                "a directory without *.safetensors files"
+            };
+            return Err(Error::NoCheckpoint {
+                path: source.to_path_buf(),
+                found: found.into(),
+                expected: "safetensors files, an index of them, or a converted tree with its manifest.json".into(),
+            });
+        }
+        files.sort();
+        let files = files.into_iter().map(|name| (name.clone(), source.join(name))).collect();
+        Self::from_safetensors(source, Kind::Directory, files)
+    }
+
+    fn from_safetensors(root: &Path, kind: Kind, files: Vec<(String, PathBuf)>) -> Result<Self> {
+        let mut builder = Builder::new(root, kind);
+        let mut metadata = BTreeMap::new();
+        for (name, path) in files {
+            let (file, stat) = file::open_regular(&path)?;
+            let header = header::read(&path, &file, stat.len())?;
+            let nbytes = stat.len();
+            builder.fingerprints.push(Fingerprint { name: name.clone(), nbytes, header_xxh3_128: header.xxh3_128 });
+            let file = builder.add_file(name, path, &stat);
+            for (key, value) in header.metadata.0 {
+                metadata.entry(key).or_insert(value);
+            }
+            for entry in header.tensors {
+                builder.add_tensor(TensorSpec {
+                    parts: vec![Part { file, offset: entry.offset, nbytes: entry.nbytes }],
+                    name: entry.name,
+                    dtype: entry.dtype,
+                    shape: entry.shape,
+                    nbytes: entry.nbytes,
+                })?;
+            }
+        }
+        Ok(builder.finish(OrderedMap(metadata.into_iter().collect())))
+    }
+
+    fn from_tree(root: &Path, manifest_bytes: &[u8]) -> Result<Self> {
+        let manifest_path = root.join(MANIFEST_NAME);
+        let manifest = Manifest::from_bytes(&manifest_path, manifest_bytes)?;
+        let mut builder = Builder::new(root, Kind::Tree);
+        builder.fingerprints.push(Fingerprint {
+            name: MANIFEST_NAME.into(),
+            nbytes: manifest_bytes.len() as u64,
+            header_xxh3_128: xxh3_128(manifest_bytes),
+        });
+        for (name, info) in manifest.tensors.0 {
+            let spec = tree_tensor(&manifest_path, &name, &info)?;
+            let mut parts = Vec::with_capacity(info.files.len());
+            for ((relative, &offset), &nbytes) in info.files.iter().zip(&info.offsets).zip(&info.part_nbytes) {
+                let path = manifest::tree_path(root, relative).ok_or_else(|| {
+                    let expected = "a plain path below the manifest's folder";
+                    Error::tensor(&manifest_path, &name, format_args!("file {relative:?}"), expected)
+                })?;
+                let stat = npy_file(&path, &name, &spec, offset, nbytes)?;
+                let file = builder.add_file(relative.clone(), path, &stat);
+                parts.push(Part { file, offset, nbytes });
+            }
+            builder.add_tensor(TensorSpec { parts, ..spec })?;
+        }
+        Ok(builder.finish(manifest.metadata))
+    }
+
+    /// The path given to [`Checkpoint::open`].
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// What it was opened from.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// The files that hold its data.
+    #[must_use]
+    pub fn files(&self) -> &[SourceFile] {
+        &self.files
+    }
+
+    /// What identifies the source.
+    #[must_use]
+    pub fn fingerprints(&self) -> &[Fingerprint] {
+        &self.fingerprints
+    }
+
+    /// The tensors: file by file, in the order of their data.
+    #[must_use]
+    pub fn tensors(&self) -> &[TensorSpec] {
+        &self.tensors
+    }
+
+    /// The tensor of this name.
+    #[must_use]
+    pub fn get(&self, name: &str) -> Option<&TensorSpec> {
+        self.by_name.get(name).map(|&index| &self.tensors[index])
+    }
+
+    /// The `__metadata__` of its files; where two files disagree, the first one's word.
+    #[must_use]
+    pub fn metadata(&self) -> &OrderedMap<String> {
+        &self.metadata
+    }
+
+    /// Number of parameters: MXFP4 values count once, their scales do not.
+    #[must_use]
+    pub fn total_parameters(&self) -> u64 {
+        self.total_parameters
+    }
+
+    /// Parameters and MXFP4 scales, as model hubs count them.
+    #[must_use]
+    pub fn stored_elements(&self) -> u64 {
+        self.stored_elements
+    }
+
+    /// Path of the file that holds the beginning of a tensor.
+    #[must_use]
+    pub fn path_of(&self, tensor: &TensorSpec) -> &Path {
+        tensor.parts.first().map_or(&self.root, |part| &self.files[part.file].path)
+    }
+
+    /// Maps the parts of a tensor. The views share one mapping per file, and keep it alive without the checkpoint.
+    pub fn view(&self, tensor: &TensorSpec) -> Result<Vec<View>> {
+        tensor
+            .parts
+            .iter()
+            .map(|part| {
+                let mapping = self.files[part.file].map()?;
+                let start = usize::try_from(part.offset).expect("the file is mapped, so its offsets fit");
+                let end = start + usize::try_from(part.nbytes).expect("as above");
+                Ok(View { mapping, range: start..end })
+            })
+            .collect()
+    }
+}
+
+impl SourceFile {
+    fn map(&self) -> Result<Arc<Mapping>> {
+        let mut slot = self.mapping.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(mapping) = slot.upgrade() {
+            return Ok(mapping);
+        }
+        let mapping = Mapping::open(&self.path, self.nbytes)?;
+        *slot = Arc::downgrade(&mapping);
+        Ok(mapping)
+    }
+
+    /// Opens the file for positioned reads, and makes sure that it is still the one that was validated.
+    pub fn open(&self) -> Result<std::fs::File> {
+        let (file, stat) = file::open_regular(&self.path)?;
+        self.check_unchanged(&stat)?;
+        Ok(file)
+    }
+
+    /// Makes sure that nobody replaced or edited the file since the checkpoint was opened.
+    pub fn check_unchanged(&self, stat: &Metadata) -> Result<()> {
+        if (stat.len(), modified_ns(stat)) == (self.nbytes, self.modified_ns) {
+            return Ok(());
+        }
+        let found = format_args!("another size or modification time ({} bytes)", stat.len());
+        Err(Error::file(&self.path, found, format_args!("the file as it was opened ({} bytes)", self.nbytes)))
+    }
+}
+
+/// Collects files and tensors, and refuses a name that comes twice.
+struct Builder {
+    root: PathBuf,
+    kind: Kind,
+    files: Vec<SourceFile>,
+    fingerprints: Vec<Fingerprint>,
+    tensors: Vec<TensorSpec>,
+    by_name: HashMap<String, usize>,
+}
+
+impl Builder {
+    fn new(root: &Path, kind: Kind) -> Self {
+        Self {
+            root: root.to_path_buf(),
+            kind,
+            files: Vec::new(),
+            fingerprints: Vec::new(),
+            tensors: Vec::new(),
+            by_name: HashMap::new(),
+        }
+    }
+
+    fn add_file(&mut self, name: String, path: PathBuf, stat: &Metadata) -> usize {
+        let (nbytes, modified_ns) = (stat.len(), modified_ns(stat));
+        self.files.push(SourceFile { path, name, nbytes, modified_ns, mapping: Mutex::default() });
+        self.files.len() - 1
+    }
+
+    fn add_tensor(&mut self, tensor: TensorSpec) -> Result<()> {
+        if let Some(&first) = self.by_name.get(&tensor.name) {
+            let path_of = |tensor: &TensorSpec| tensor.parts.first().map(|part| self.files[part.file].path.as_path());
+            let path = path_of(&tensor).unwrap_or(&self.root);
+            let first = path_of(&self.tensors[first]).unwrap_or(&self.root);
+            let found = format_args!("the name also in {}", first.display());
+            return Err(Error::tensor(path, &tensor.name, found, "each tensor in one file"));
+        }
+        self.by_name.insert(tensor.name.clone(), self.tensors.len());
+        self.tensors.push(tensor);
+        Ok(())
+    }
+
+    fn finish(self, metadata: OrderedMap<String>) -> Checkpoint {
+        let candidates: Vec<_> = self
+            .tensors
+            .iter()
+            .map(|tensor| Candidate { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape, path: &self.root })
+            .collect();
+        let (total_parameters, stored_elements) = mxfp4::count_parameters(&candidates);
+        Checkpoint {
+            root: self.root,
+            kind: self.kind,
+            files: self.files,
+            fingerprints: self.fingerprints,
+            tensors: self.tensors,
+            by_name: self.by_name,
+            metadata,
+            total_parameters,
+            stored_elements,
+        }
+    }
+}
+
+/// Names of the entries of a directory, those that are text, sorted.
+fn file_names(folder: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(|fault| Error::io(folder, fault))? {
+        let entry = entry.map_err(|fault| Error::io(folder, fault))?;
+        // Names that are not UTF-8 are no file of a checkpoint: an index could not name them.
+        if let Ok(name) = entry.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// What a manifest says of one tensor, checked against itself.
+pub(crate) fn tree_tensor(manifest: &Path, name: &str, info: &manifest::TensorInfo) -> Result<TensorSpec> {
+    let fault = |found: String, expected: &str| Error::tensor(manifest, name, found, expected);
+    let dtype = dtype::from_name(&info.dtype)
+        .ok_or_else(|| fault(format!("dtype {:?}", info.dtype), "the name of a dtype, such as \"bfloat16\""))?;
+    let nbytes = header::tensor_nbytes(manifest, name, dtype, &info.shape)?;
+    if nbytes != info.nbytes {
+        return Err(fault(format!("nbytes {}", info.nbytes), &format!("{nbytes} for {} {:?}", info.dtype, info.shape)));
+    }
+    let parts = info.files.len();
+    if parts == 0 || info.offsets.len() != parts || info.part_nbytes.len() != parts {
+        let found = format!("{parts} files, {} offsets, {} part_nbytes", info.offsets.len(), info.part_nbytes.len());
+        return Err(fault(found, "the same number of each, at least one"));
+    }
+    let sum = info.part_nbytes.iter().try_fold(0u64, |sum, &bytes| sum.checked_add(bytes));
+    if sum != Some(nbytes) {
+        return Err(fault(format!("part_nbytes {:?}", info.part_nbytes), &format!("parts of {nbytes} bytes in all")));
+    }
+    Ok(TensorSpec { name: name.to_owned(), dtype, shape: info.shape.clone(), nbytes, parts: Vec::new() })
+}
+
+/// Checks that an npy file is the one that the manifest describes: its size and its header, byte for byte.
+pub(crate) fn npy_file(path: &Path, name: &str, spec: &TensorSpec, offset: u64, nbytes: u64) -> Result<Metadata> {
+    let fault = |found: String, expected: String| Error::tensor(path, name, found, expected);
+    let shape = npy::part_shape(spec.dtype, &spec.shape, spec.nbytes, nbytes)
+        .ok_or_else(|| fault(format!("a part of {nbytes} bytes"), format!("whole rows of {:?}", spec.shape)))?;
+    let header = npy::header(spec.dtype, &shape);
+    if header.len() as u64 != offset {
+        return Err(fault(format!("offset {offset} in the manifest"), format!("{}", header.len())));
+    }
+    let (file, stat) = file::open_regular(path)?;
+    let expected = offset + nbytes;
+    if stat.len() != expected {
+        return Err(fault(format!("{} bytes", stat.len()), format!("{expected} bytes")));
+    }
+    let mut actual = vec![0; header.len()];
+    file::read_exact_at(path, &file, &mut actual, 0)?;
+    if actual != header {
+        let text = String::from_utf8_lossy(&header[10..]);
+        let found = String::from_utf8_lossy(&actual).trim_end().to_owned();
+        return Err(fault(format!("npy header {found:?}"), format!("{:?}", text.trim_end())));
+    }
+    Ok(stat)
+}
+
+/// Modification time in nanoseconds since 1970; 0 where the filesystem has none.
+pub(crate) fn modified_ns(stat: &Metadata) -> u128 {
+    stat.modified().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok()).map_or(0, |age| age.as_nanos())
+}

@@ -1,0 +1,131 @@
+//! Files by position: reads and writes that share one handle between threads, and durable renames.
+
+use std::fs::{File, Metadata};
+use std::io;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+
+/// Opens a regular file for reading.
+///
+/// The type is checked before the file is opened: opening a named pipe would wait for a writer.
+pub fn open_regular(path: &Path) -> Result<(File, Metadata)> {
+    let before = std::fs::metadata(path).map_err(|source| Error::io(path, source))?;
+    if !before.is_file() {
+        return Err(Error::file(path, file_kind(&before), "a regular file"));
+    }
+    let file = File::open(path).map_err(|source| Error::io(path, source))?;
+    let metadata = file.metadata().map_err(|source| Error::io(path, source))?;
+    Ok((file, metadata))
+}
+
+/// Fills `buffer` from `offset` on; a file that ends before is a malformed file.
+pub fn read_exact_at(path: &Path, file: &File, buffer: &mut [u8], offset: u64) -> Result<()> {
+    read_exact_at_raw(file, buffer, offset).map_err(|source| {
+        if source.kind() == io::ErrorKind::UnexpectedEof {
+            let end = offset.saturating_add(buffer.len() as u64);
+            Error::file(path, "an end of file", format_args!("at least {end} bytes"))
+        } else {
+            Error::io(path, source)
+        }
+    })
+}
+
+/// Writes all of `bytes` at `offset`.
+pub fn write_all_at(path: &Path, file: &File, bytes: &[u8], offset: u64) -> Result<()> {
+    write_all_at_raw(file, bytes, offset).map_err(|source| Error::io(path, source))
+}
+
+#[cfg(unix)]
+fn read_exact_at_raw(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
+}
+
+#[cfg(unix)]
+fn write_all_at_raw(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, offset)
+}
+
+#[cfg(windows)]
+fn read_exact_at_raw(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !buffer.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, buffer, offset)? {
+            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+            n => {
+                buffer = &mut buffer[n..];
+                offset += n as u64;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(windows)]
+fn write_all_at_raw(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let n = std::os::windows::fs::FileExt::seek_write(file, bytes, offset)?;
+        bytes = &bytes[n..];
+        offset += n as u64;
+    }
+    Ok(())
+}
+
+/// Makes the renames inside `folder` durable. Windows has no such call and needs none.
+pub fn sync_folder(folder: &Path) -> Result<()> {
+    #[cfg(unix)]
+    File::open(folder).and_then(|handle| handle.sync_all()).map_err(|source| Error::io(folder, source))?;
+    #[cfg(not(unix))]
+    let _ = folder;
+    Ok(())
+}
+
+/// Suffix of a file that is still being written.
+pub const TEMPORARY_SUFFIX: &str = ".tmp";
+
+/// The temporary name beside `path` under which it is written before it is renamed.
+#[must_use]
+pub fn temporary_path(path: &Path) -> std::path::PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(TEMPORARY_SUFFIX);
+    name.into()
+}
+
+/// Writes a whole small file: temporary name, fsync, rename.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let temporary = temporary_path(path);
+    let file = File::create(&temporary).map_err(|source| Error::io(&temporary, source))?;
+    write_all_at(&temporary, &file, bytes, 0)?;
+    publish(&file, &temporary, path)
+}
+
+/// Makes a finished temporary file appear under its own name.
+pub fn publish(file: &File, temporary: &Path, path: &Path) -> Result<()> {
+    file.sync_data().map_err(|source| Error::io(temporary, source))?;
+    std::fs::rename(temporary, path).map_err(|source| Error::io(path, source))
+}
+
+/// Reads a whole file whose size may not exceed `limit` bytes.
+pub fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let (file, metadata) = open_regular(path)?;
+    let nbytes = metadata.len();
+    if nbytes > limit {
+        let found = format_args!("{nbytes} bytes");
+        return Err(Error::file(path, found, format_args!("at most {limit} bytes")));
+    }
+    let nbytes = usize::try_from(nbytes).expect("limits are far below the address space");
+    let mut bytes = vec![0; nbytes];
+    read_exact_at(path, &file, &mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// Words for a file that is not a regular one.
+#[must_use]
+pub fn file_kind(metadata: &Metadata) -> &'static str {
+    if metadata.is_dir() {
+        "a directory"
+    } else if metadata.is_file() {
+        "a regular file"
+    } else {
+        "a special file (pipe, socket or device)"
+    }
+}

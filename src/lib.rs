@@ -1,0 +1,45 @@
+//! tensorport brings large checkpoints into JAX: it reads safetensors files of any dtype, converts them to JAX-ready
+//! files in bounded memory, and verifies what it wrote.
+//!
+//! | module | what it knows |
+//! |---|---|
+//! | [`dtype`], [`cast`], [`mxfp4`] | dtypes, float casts with counts, the MXFP4 codec (pure) |
+//! | [`header`], [`index`], [`checkpoint`], [`mapping`] | untrusted files in, validated named tensors out |
+//! | [`plan`], [`names`], [`select`], [`output`] | what a conversion will write, and where (pure) |
+//! | [`convert`], [`transform`], [`work`], [`journal`], [`side_files`] | doing it: parallel, bounded, resumable |
+//! | [`manifest`], [`verify`] | what a converted tree says of itself, and whether that holds |
+//! | [`inspect`], [`synthetic`], [`cli`] | tables and statistics, random checkpoints, the command line |
+
+pub mod cast;
+pub mod checkpoint;
+pub mod cli;
+pub mod convert;
+pub mod dtype;
+pub mod error;
+pub mod file;
+pub mod header;
+pub mod index;
+pub mod inspect;
+pub mod journal;
+pub mod manifest;
+pub mod mapping;
+pub mod mxfp4;
+pub mod names;
+pub mod ordered_map;
+pub mod output;
+pub mod plan;
+pub mod progress;
+#[cfg(feature = "python")]
+mod python;
+pub mod select;
+pub mod side_files;
+mod sink;
+pub mod synthetic;
+pub mod transform;
+pub mod verify;
+pub mod work;
+
+pub use checkpoint::Checkpoint;
+pub use convert::convert;
+pub use error::{Error, Result};
+pub use verify::verify;

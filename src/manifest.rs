@@ -1,0 +1,245 @@
+//! `manifest.json`: what a converted tree holds. docs/format.md describes the schema.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::checkpoint::Fingerprint;
+use crate::error::{Error, Result};
+use crate::file;
+use crate::ordered_map::OrderedMap;
+use crate::plan::Options;
+
+/// Name of the manifest in a converted tree.
+pub const MANIFEST_NAME: &str = "manifest.json";
+
+/// Version of the schema that this crate writes and reads.
+pub const FORMAT_VERSION: u64 = 1;
+
+/// Largest manifest that is read.
+pub(crate) const MAX_MANIFEST_BYTES: u64 = 500_000_000;
+
+/// Key of the manifest's own hash, which stands last and covers every byte before its line.
+const SELF_HASH_KEY: &str = "manifest_xxh3_128";
+
+/// A converted tree, as its manifest tells it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Output format.
+    pub format: String,
+    /// Version of this schema.
+    pub format_version: u64,
+    /// Version of the tool that wrote the tree.
+    pub tensorport_version: String,
+    /// The checkpoint that was converted.
+    pub source: SourceInfo,
+    /// Options that change bytes.
+    pub options: Options,
+    /// Number of tensors.
+    pub total_tensors: u64,
+    /// Number of parameters; MXFP4 values count once, their scales do not.
+    pub total_parameters: u64,
+    /// Number of parameters and MXFP4 scales: what model hubs show.
+    pub stored_elements: u64,
+    /// Bytes of tensor data.
+    pub total_bytes: u64,
+    /// The `__metadata__` of the source.
+    pub metadata: OrderedMap<String>,
+    /// Shard folders or files.
+    pub shards: OrderedMap<ShardInfo>,
+    /// Files beside the tensors: generated, copied, edited.
+    pub side_files: OrderedMap<SideFileInfo>,
+    /// The tensors, in the order of the source.
+    pub tensors: OrderedMap<TensorInfo>,
+    /// Hash of the text before it, as 32 hexadecimal digits; computed by [`Manifest::to_text`].
+    pub manifest_xxh3_128: String,
+}
+
+/// Fingerprint of the source: no times, no paths, so that the manifest is the same wherever it is made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceInfo {
+    /// Its files.
+    pub files: Vec<Fingerprint>,
+}
+
+/// One shard folder or file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShardInfo {
+    /// Number of files in it.
+    pub files: u64,
+    /// Bytes of tensor data in it.
+    pub nbytes: u64,
+}
+
+/// Where a file beside the tensors comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SideFileOrigin {
+    /// Written by this tool.
+    Generated,
+    /// Copied as it was.
+    Copied,
+    /// Copied and corrected to fit the converted tensors.
+    Edited,
+}
+
+/// One file beside the tensors.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SideFileInfo {
+    /// Its size.
+    pub nbytes: u64,
+    /// Its hash.
+    #[serde(with = "hex128")]
+    pub xxh3_128: u128,
+    /// Where it comes from.
+    pub origin: SideFileOrigin,
+}
+
+/// One tensor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorInfo {
+    /// Files that hold it, relative to the manifest; more than one when it is split along axis 0.
+    pub files: Vec<String>,
+    /// Where its data begins in each file.
+    pub offsets: Vec<u64>,
+    /// Bytes of its data in each file.
+    pub part_nbytes: Vec<u64>,
+    /// Logical shape.
+    pub shape: Vec<u64>,
+    /// Logical dtype, by its NumPy or `ml_dtypes` name.
+    pub dtype: String,
+    /// Dtype in the source; `mxfp4` for a decoded pair.
+    pub source_dtype: String,
+    /// Bytes of its data.
+    pub nbytes: u64,
+    /// Hash of its data, all parts in order.
+    #[serde(with = "hex128")]
+    pub xxh3_128: u128,
+    /// Finite source values beyond the dtype's range.
+    pub overflow: u64,
+    /// Source values that became zero and were not.
+    pub underflow: u64,
+}
+
+impl Manifest {
+    /// The text of the manifest: one line per entry, its own hash last.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        let mut text = String::from("{\n");
+        let mut field = |key: &str, json: &str| {
+            writeln!(text, "  {}: {json},", json_text(&key)).expect("writing to a String cannot fail");
+        };
+        field("format", &json_text(&self.format));
+        field("format_version", &json_text(&self.format_version));
+        field("tensorport_version", &json_text(&self.tensorport_version));
+        field("source", &json_text(&self.source));
+        field("options", &json_text(&self.options));
+        field("total_tensors", &json_text(&self.total_tensors));
+        field("total_parameters", &json_text(&self.total_parameters));
+        field("stored_elements", &json_text(&self.stored_elements));
+        field("total_bytes", &json_text(&self.total_bytes));
+        field("metadata", &json_text(&self.metadata));
+        field("shards", &one_entry_a_line(&self.shards));
+        field("side_files", &one_entry_a_line(&self.side_files));
+        field("tensors", &one_entry_a_line(&self.tensors));
+        let hash = xxh3_128(text.as_bytes());
+        writeln!(text, "{}\n}}", self_hash_line(hash)).expect("writing to a String cannot fail");
+        text
+    }
+
+    /// Reads the manifest of the tree at `root`, without looking at its own hash.
+    pub fn read(root: &Path) -> Result<Self> {
+        let path = root.join(MANIFEST_NAME);
+        Self::from_bytes(&path, &file::read_bounded(&path, MAX_MANIFEST_BYTES)?)
+    }
+
+    /// Parses and checks a manifest.
+    pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Self> {
+        /// What every version of the schema has.
+        #[derive(Deserialize)]
+        struct Version {
+            format: String,
+            format_version: u64,
+        }
+        let expected = "the manifest of a tree that tensorport wrote";
+        let fault = |fault: serde_json::Error| Error::file(path, fault, expected);
+        let Version { format, format_version } = serde_json::from_slice(bytes).map_err(fault)?;
+        if format_version != FORMAT_VERSION {
+            let found = format_args!("format {format:?}, format_version {format_version}");
+            return Err(Error::file(path, found, format_args!("format_version {FORMAT_VERSION}")));
+        }
+        serde_json::from_slice(bytes).map_err(fault)
+    }
+
+    /// Whether the hash at the end of `bytes` is that of the bytes before it.
+    #[must_use]
+    pub fn self_hash_holds(bytes: &[u8]) -> bool {
+        let key = format!("  \"{SELF_HASH_KEY}\"");
+        let Some(start) = bytes.windows(key.len()).rposition(|window| window == key.as_bytes()) else {
+            return false;
+        };
+        let (covered, line) = bytes.split_at(start);
+        line == format!("{}\n}}\n", self_hash_line(xxh3_128(covered))).as_bytes()
+    }
+}
+
+/// Whether the bytes of some `manifest.json` are meant to be one of ours.
+#[must_use]
+pub fn is_ours(bytes: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Marks {
+        #[expect(dead_code, reason = "its presence is the mark")]
+        tensorport_version: serde::de::IgnoredAny,
+        #[expect(dead_code, reason = "its presence is the mark")]
+        format_version: serde::de::IgnoredAny,
+    }
+    serde_json::from_slice::<Marks>(bytes).is_ok()
+}
+
+/// The file of a tree that `relative` names, if that is a plain path below `root`.
+#[must_use]
+pub fn tree_path(root: &Path, relative: &str) -> Option<PathBuf> {
+    let is_plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains(['\\', ':', '\0']);
+    relative.split('/').all(is_plain).then(|| root.join(relative))
+}
+
+fn self_hash_line(hash: u128) -> String {
+    format!("  \"{SELF_HASH_KEY}\": \"{hash:032x}\"")
+}
+
+fn json_text<T: Serialize + ?Sized>(value: &T) -> String {
+    serde_json::to_string(value).expect("plain structs with string keys serialize")
+}
+
+fn one_entry_a_line<V: Serialize>(map: &OrderedMap<V>) -> String {
+    let entries: Vec<_> =
+        map.0.iter().map(|(key, value)| format!("\n    {}: {}", json_text(key), json_text(value))).collect();
+    format!("{{{}\n  }}", entries.join(","))
+}
+
+/// 128-bit hashes as 32 hexadecimal digits.
+pub mod hex128 {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    /// Writes 32 lower-case digits.
+    pub fn serialize<S: Serializer>(hash: &u128, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{hash:032x}"))
+    }
+
+    /// Reads exactly 32 lower-case digits.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u128, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let digits = text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
+        u128::from_str_radix(&text, 16)
+            .ok()
+            .filter(|_| digits && text.len() == 32)
+            .ok_or_else(|| serde::de::Error::custom(format_args!("{text:?}, not 32 hexadecimal digits")))
+    }
+}

@@ -1,0 +1,227 @@
+//! The `_core` extension module: signatures and calls only.
+
+mod array;
+mod error;
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use numpy::PyArray1;
+use pyo3::exceptions::PyKeyError;
+use pyo3::prelude::*;
+
+use crate::checkpoint::{self, TensorSpec};
+use crate::cli::{self, Host};
+use crate::convert::Mode;
+use crate::dtype;
+use crate::error::{Error, Result};
+use crate::inspect;
+use crate::ordered_map::OrderedMap;
+use crate::plan::Options;
+use crate::progress::Event;
+use crate::synthetic;
+use crate::work::Resources;
+
+/// An opened checkpoint.
+#[pyclass(frozen, name = "Checkpoint", module = "tensorport._core")]
+struct PyCheckpoint {
+    inner: Arc<checkpoint::Checkpoint>,
+}
+
+/// dtype name, shape, nbytes, files, offset of the first part.
+type SpecTuple = (&'static str, Vec<u64>, u64, Vec<String>, u64);
+
+#[pymethods]
+impl PyCheckpoint {
+    #[new]
+    fn new(py: Python<'_>, source: PathBuf) -> PyResult<Self> {
+        let inner = py.detach(|| checkpoint::Checkpoint::open(&source))?;
+        Ok(Self { inner: Arc::new(inner) })
+    }
+
+    fn names(&self) -> Vec<&str> {
+        self.inner.tensors().iter().map(|tensor| tensor.name.as_str()).collect()
+    }
+
+    fn spec(&self, name: &str) -> PyResult<SpecTuple> {
+        let tensor = self.tensor(name)?;
+        let files = tensor.parts.iter().map(|part| self.inner.files()[part.file].name.clone()).collect();
+        let offset = tensor.parts.first().map_or(0, |part| part.offset);
+        Ok((dtype::name(tensor.dtype), tensor.shape.clone(), tensor.nbytes, files, offset))
+    }
+
+    /// The parts of a tensor as 1-D read-only u8 arrays over the mapped files.
+    fn view<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Vec<Bound<'py, PyArray1<u8>>>> {
+        let tensor = self.tensor(name)?;
+        let views = py.detach(|| self.inner.view(tensor))?;
+        views.into_iter().map(|view| array::mapped_array(py, view)).collect()
+    }
+
+    fn inspect(&self, py: Python<'_>) -> String {
+        py.detach(|| to_json(&inspect::inspect(&self.inner)))
+    }
+
+    #[getter]
+    fn metadata(&self) -> BTreeMap<String, String> {
+        self.inner.metadata().0.iter().cloned().collect()
+    }
+
+    #[getter]
+    fn total_parameters(&self) -> u64 {
+        self.inner.total_parameters()
+    }
+
+    #[getter]
+    fn stored_elements(&self) -> u64 {
+        self.inner.stored_elements()
+    }
+}
+
+impl PyCheckpoint {
+    fn tensor(&self, name: &str) -> PyResult<&TensorSpec> {
+        self.inner.get(name).ok_or_else(|| PyKeyError::new_err(name.to_owned()))
+    }
+}
+
+/// Converts a checkpoint; `options` is JSON. Returns the report as JSON.
+#[pyfunction]
+#[pyo3(signature = (source, output, options, *, resume, overwrite, verify, workers, max_memory, callback))]
+#[expect(clippy::too_many_arguments, reason = "one per keyword of the Python function")]
+fn convert(
+    py: Python<'_>,
+    source: PathBuf,
+    output: PathBuf,
+    options: &str,
+    resume: bool,
+    overwrite: bool,
+    verify: bool,
+    workers: Option<usize>,
+    max_memory: u64,
+    callback: Option<Py<PyAny>>,
+) -> PyResult<String> {
+    let options: Options = from_json("options", options)?;
+    let mode = Mode { resume, overwrite, verify };
+    let resources = Resources { max_memory, ..resources(workers) };
+    run_job(py, callback.as_ref(), |observer| crate::convert(&source, &output, &options, mode, resources, observer))
+        .map(|report| to_json(&report))
+}
+
+/// Verifies a converted tree. Returns the report as JSON.
+#[pyfunction]
+#[pyo3(signature = (output, source, *, workers, callback))]
+fn verify(
+    py: Python<'_>,
+    output: PathBuf,
+    source: Option<PathBuf>,
+    workers: Option<usize>,
+    callback: Option<Py<PyAny>>,
+) -> PyResult<String> {
+    run_job(py, callback.as_ref(), |observer| crate::verify(&output, source.as_deref(), resources(workers), observer))
+        .map(|report| to_json(&report))
+}
+
+/// Writes random safetensors files; `files` is JSON. Returns the bytes of tensor data.
+#[pyfunction]
+#[pyo3(signature = (folder, files, seed, *, workers, callback))]
+fn synthesize(
+    py: Python<'_>,
+    folder: PathBuf,
+    files: &str,
+    seed: u64,
+    workers: Option<usize>,
+    callback: Option<Py<PyAny>>,
+) -> PyResult<u64> {
+    let files: OrderedMap<OrderedMap<synthetic::RandomTensor>> = from_json("files", files)?;
+    run_job(py, callback.as_ref(), |observer| synthetic::write(&folder, &files, seed, resources(workers), observer))
+}
+
+/// Runs the command line. Returns the exit status.
+#[pyfunction]
+fn run_cli(py: Python<'_>, args: Vec<OsString>) -> u8 {
+    py.detach(|| {
+        cli::run(args, Host::Python, &mut || {
+            // The handler's exception is dropped: the command line says itself that it was interrupted.
+            if Python::attach(|py| py.check_signals().is_err()) {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        })
+    })
+}
+
+/// Runs a job without the GIL; signals and the callback get it back now and then. Their exceptions stop the job.
+fn run_job<T: Send>(
+    py: Python<'_>,
+    callback: Option<&Py<PyAny>>,
+    job: impl FnOnce(&mut crate::progress::Observer<'_>) -> Result<T> + Send,
+) -> PyResult<T> {
+    let mut raised = None;
+    let result = py.detach(|| {
+        job(&mut |event| match Python::attach(|py| deliver(py, callback, event)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(exception) => {
+                raised.get_or_insert(exception);
+                ControlFlow::Break(())
+            }
+        })
+    });
+    match (result, raised) {
+        (Err(Error::Cancelled), Some(exception)) => Err(exception),
+        (result, _) => Ok(result?),
+    }
+}
+
+fn deliver(py: Python<'_>, callback: Option<&Py<PyAny>>, event: &Event<'_>) -> PyResult<()> {
+    py.check_signals()?;
+    if let Some(callback) = callback {
+        callback.call1(
+            py,
+            (
+                event.phase.as_str(),
+                event.bytes_done,
+                event.bytes_total,
+                event.tensors_done,
+                event.tensors_total,
+                event.tensor,
+            ),
+        )?;
+    }
+    Ok(())
+}
+
+fn resources(workers: Option<usize>) -> Resources {
+    let default = Resources::default();
+    Resources { workers: workers.unwrap_or(default.workers), ..default }
+}
+
+fn from_json<T: serde::de::DeserializeOwned>(name: &'static str, json: &str) -> Result<T> {
+    serde_json::from_str(json).map_err(|fault| Error::Argument {
+        name,
+        found: fault.to_string(),
+        expected: "the values that the documentation lists".into(),
+    })
+}
+
+fn to_json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).expect("plain structs with string keys serialize")
+}
+
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    let py = module.py();
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("TensorportError", py.get_type::<error::TensorportError>())?;
+    module.add("CheckpointError", py.get_type::<error::CheckpointError>())?;
+    module.add("MappingError", py.get_type::<error::MappingError>())?;
+    module.add("ConversionError", py.get_type::<error::ConversionError>())?;
+    module.add("VerificationError", py.get_type::<error::VerificationError>())?;
+    module.add_class::<PyCheckpoint>()?;
+    module.add_function(wrap_pyfunction!(convert, module)?)?;
+    module.add_function(wrap_pyfunction!(verify, module)?)?;
+    module.add_function(wrap_pyfunction!(synthesize, module)?)?;
+    module.add_function(wrap_pyfunction!(run_cli, module)?)
+}

@@ -1,0 +1,130 @@
+//! The files beside the tensors: config, tokenizer, chat template, licence; copied, and corrected where they would lie.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+use xxhash_rust::xxh3::xxh3_128;
+
+use crate::checkpoint::{Checkpoint, Kind};
+use crate::error::{Error, Result};
+use crate::file;
+use crate::journal::JOURNAL_NAME;
+use crate::manifest::{MANIFEST_NAME, SideFileInfo, SideFileOrigin};
+use crate::plan::{Mxfp4Mode, Options, Plan, Transform};
+
+/// The reader for those who have no tensorport; written into every numpy-direct tree.
+pub const LOAD_PARAMS_NAME: &str = "load_params.py";
+const LOAD_PARAMS: &str = include_str!("output/load_params.py");
+
+/// The model's configuration, which names dtypes.
+const CONFIG_NAME: &str = "config.json";
+
+/// Names of our own that a source's file may not take.
+const OWN_NAMES: [&str; 3] = [MANIFEST_NAME, JOURNAL_NAME, LOAD_PARAMS_NAME];
+
+/// Endings of the files that travel with a checkpoint.
+const COPIED_SUFFIXES: [&str; 6] = [".json", ".jinja", ".txt", ".model", ".tiktoken", ".md"];
+
+/// Beginnings of files without an ending that travel with a checkpoint.
+const COPIED_PREFIXES: [&str; 3] = ["LICENSE", "NOTICE", "USAGE_POLICY"];
+
+/// Largest side file; tokenizers are some tens of megabytes.
+const MAX_SIDE_FILE_BYTES: u64 = 1_000_000_000;
+
+/// One file to be written beside the tensors.
+#[derive(Debug)]
+pub struct SideFile {
+    /// Its name in the output folder.
+    pub name: String,
+    /// Where it comes from.
+    pub origin: SideFileOrigin,
+    content: Content,
+}
+
+#[derive(Debug)]
+enum Content {
+    Bytes(Vec<u8>),
+    File(PathBuf),
+}
+
+/// The side files of a conversion, in the order of their names. Reads and corrects what has to be corrected.
+pub fn plan(checkpoint: &Checkpoint, plan: &Plan, options: &Options) -> Result<Vec<SideFile>> {
+    let mut files = vec![SideFile {
+        name: LOAD_PARAMS_NAME.into(),
+        origin: SideFileOrigin::Generated,
+        content: Content::Bytes(LOAD_PARAMS.into()),
+    }];
+    if checkpoint.kind() != Kind::File {
+        let root = checkpoint.root();
+        for entry in std::fs::read_dir(root).map_err(|fault| Error::io(root, fault))? {
+            let entry = entry.map_err(|fault| Error::io(root, fault))?;
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            let path = entry.path();
+            if !is_copied(&name) || !std::fs::metadata(&path).is_ok_and(|stat| stat.is_file()) {
+                continue;
+            }
+            let edited = if name == CONFIG_NAME { corrected_config(&path, plan, options)? } else { None };
+            files.push(match edited {
+                Some(bytes) => SideFile { name, origin: SideFileOrigin::Edited, content: Content::Bytes(bytes) },
+                None => SideFile { name, origin: SideFileOrigin::Copied, content: Content::File(path) },
+            });
+        }
+    }
+    files.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(files)
+}
+
+impl SideFile {
+    /// Writes the file into `folder`.
+    pub fn write(&self, folder: &Path) -> Result<SideFileInfo> {
+        let read;
+        let bytes = match &self.content {
+            Content::Bytes(bytes) => bytes,
+            Content::File(path) => {
+                read = file::read_bounded(path, MAX_SIDE_FILE_BYTES)?;
+                &read
+            }
+        };
+        file::write_atomically(&folder.join(&self.name), bytes)?;
+        Ok(SideFileInfo { nbytes: bytes.len() as u64, xxh3_128: xxh3_128(bytes), origin: self.origin })
+    }
+}
+
+fn is_copied(name: &str) -> bool {
+    !name.starts_with('.')
+        && !name.ends_with(".safetensors.index.json")
+        && !OWN_NAMES.iter().any(|own| own.eq_ignore_ascii_case(name))
+        && (COPIED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
+            || COPIED_PREFIXES.iter().any(|prefix| name.starts_with(prefix) && !name.contains('.')))
+}
+
+/// config.json without the quantization that is gone and with the dtype that is new; None when it still holds.
+fn corrected_config(path: &Path, plan: &Plan, options: &Options) -> Result<Option<Vec<u8>>> {
+    let is_dequantized = options.mxfp4 == Mxfp4Mode::Dequantize
+        && plan.tensors.iter().any(|tensor| matches!(tensor.transform, Transform::Dequantize { .. }));
+    let has_casts = plan.tensors.iter().any(|tensor| matches!(tensor.transform, Transform::Cast { .. }));
+    if !is_dequantized && !has_casts {
+        return Ok(None);
+    }
+    let bytes = file::read_bounded(path, MAX_SIDE_FILE_BYTES)?;
+    let mut config: Map<String, Value> = serde_json::from_slice(&bytes)
+        .map_err(|fault| Error::file(path, fault, "a model configuration: a JSON object"))?;
+    if is_dequantized {
+        config.shift_remove("quantization_config");
+    }
+    // transformers wrote torch_dtype up to 4.55 and dtype since; both are read.
+    let dtype = match options.precision.target() {
+        Some(target) => crate::dtype::name(target.dtype()),
+        None => "bfloat16",
+    };
+    let has_old_key = config.contains_key("torch_dtype");
+    if has_old_key {
+        config.insert("torch_dtype".into(), dtype.into());
+    }
+    if !has_old_key || config.contains_key("dtype") {
+        config.insert("dtype".into(), dtype.into());
+    }
+    let mut text = serde_json::to_string_pretty(&config).expect("a JSON object serializes");
+    text.push('\n');
+    Ok(Some(text.into_bytes()))
+}

@@ -1,0 +1,72 @@
+//! Output files: opened at their first chunk under a temporary name, renamed after their last piece.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::{Error, Result};
+use crate::file;
+use crate::plan::PlannedFile;
+
+/// The output files of a job.
+pub(crate) struct Sinks<'a> {
+    root: &'a Path,
+    files: &'a [PlannedFile],
+    slots: Vec<Sink>,
+}
+
+#[derive(Default)]
+struct Sink {
+    open: Mutex<Option<Arc<File>>>,
+    pieces_left: AtomicUsize,
+}
+
+impl<'a> Sinks<'a> {
+    /// Sinks for `files` below `root`; `pieces` names the file of each piece that will be written.
+    pub fn new(root: &'a Path, files: &'a [PlannedFile], pieces: impl Iterator<Item = usize>) -> Self {
+        let slots: Vec<Sink> = files.iter().map(|_| Sink::default()).collect();
+        for file in pieces {
+            slots[file].pieces_left.fetch_add(1, Ordering::Relaxed);
+        }
+        Self { root, files, slots }
+    }
+
+    fn path(&self, file: usize) -> PathBuf {
+        self.root.join(&self.files[file].path)
+    }
+
+    /// Writes at an offset; opens the file under its temporary name if this is its first write.
+    pub fn write(&self, file: usize, bytes: &[u8], offset: u64) -> Result<()> {
+        let temporary = file::temporary_path(&self.path(file));
+        let handle = {
+            let mut open = self.slots[file].open.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(handle) = &*open {
+                Arc::clone(handle)
+            } else {
+                Arc::clone(open.insert(Arc::new(self.create(file, &temporary)?)))
+            }
+        };
+        file::write_all_at(&temporary, &handle, bytes, offset)
+    }
+
+    fn create(&self, file: usize, temporary: &Path) -> Result<File> {
+        let planned = &self.files[file];
+        let handle = File::create(temporary).map_err(|fault| Error::io(temporary, fault))?;
+        handle.set_len(planned.nbytes).map_err(|fault| Error::io(temporary, fault))?;
+        file::write_all_at(temporary, &handle, &planned.header, 0)?;
+        Ok(handle)
+    }
+
+    /// A piece is whole; the last piece of a file makes it appear.
+    pub fn end_piece(&self, file: usize) -> Result<()> {
+        let slot = &self.slots[file];
+        if slot.pieces_left.fetch_sub(1, Ordering::AcqRel) > 1 {
+            return Ok(());
+        }
+        let handle = slot.open.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let handle = handle.expect("a file is opened by its first chunk and closed by its last");
+        let path = self.path(file);
+        file::publish(&handle, &file::temporary_path(&path), &path)
+    }
+}
