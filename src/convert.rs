@@ -353,12 +353,10 @@ impl Conversion<'_> {
             files.map(|(name, _)| name.clone()).collect()
         };
         let mut warnings = self.plan.warnings.clone();
-        let became = match self.options.on_overflow {
-            OnOverflow::Saturate => "were clamped to the largest finite value",
-            OnOverflow::Warn | OnOverflow::Error => "became infinite",
-        };
-        for (name, count) in &overflow.0 {
-            warnings.push(format!("tensor {name:?}: {count} finite values beyond the target precision {became}"));
+        if self.options.on_overflow == OnOverflow::Warn {
+            warnings.extend(overflow.0.iter().map(|(name, count)| {
+                format!("tensor {name:?}: {count} finite values beyond the target precision became infinite")
+            }));
         }
         ConversionReport {
             output: self.output.to_path_buf(),

@@ -31,6 +31,11 @@ pub struct RandomTensor {
     pub shape: Vec<u64>,
     /// What its values are.
     pub fill: Fill,
+    /// Name of the random stream that the values come from; the tensor's own name if None.
+    pub stream: Option<String>,
+    /// Elements of the stream that stand before the tensor's first: tensors can be slices of one another.
+    #[serde(default)]
+    pub skip_elems: u64,
 }
 
 /// What the values of a random tensor are.
@@ -95,6 +100,7 @@ struct PlacedTensor {
     offset: u64,
     nbytes: u64,
     key: u64,
+    skip_elems: u64,
     fill: Fill,
     /// None for uint8.
     target: Option<Target>,
@@ -138,7 +144,8 @@ fn lay_out(
             file: index,
             offset: start,
             nbytes,
-            key: xxh3_64_with_seed(name.as_bytes(), seed),
+            key: xxh3_64_with_seed(tensor.stream.as_ref().unwrap_or(name).as_bytes(), seed),
+            skip_elems: tensor.skip_elems,
             fill: tensor.fill,
             target,
         });
@@ -197,7 +204,7 @@ impl Job for FillJob<'_> {
         let start = chunk.units.start * UNIT_BYTES;
         let end = (chunk.units.end * UNIT_BYTES).min(tensor.nbytes);
         scratch.out.resize(usize::try_from(end - start).expect("no more than a worker's buffer"), 0);
-        fill(&table, tensor.key, chunk.units.start, &mut scratch.out);
+        fill(&table, tensor.key, tensor.skip_elems, start, &mut scratch.out);
         self.sinks.write(tensor.file, &scratch.out, tensor.offset + start)?;
         self.progress.add_bytes(end - start);
         Ok(())
@@ -212,23 +219,32 @@ impl Job for FillJob<'_> {
     }
 }
 
-/// Fills `out`, which begins at a unit, with table entries chosen by random bits.
-fn fill(table: &Table, key: u64, first_unit: u64, out: &mut [u8]) {
-    /// Each 64 random bits choose four entries.
-    fn entries<const N: usize>(table: &[[u8; N]], key: u64, first_unit: u64, out: &mut [u8]) {
-        let first = first_unit * (UNIT_BYTES / (4 * N as u64));
-        for (counter, group) in (first..).zip(out.chunks_mut(4 * N)) {
-            let bits = random_bits(key, counter).to_le_bytes();
-            for (&choice, entry) in bits.as_chunks().0.iter().zip(group.chunks_mut(N)) {
-                let value = table[usize::from(u16::from_le_bytes(choice))];
-                entry.copy_from_slice(&value[..entry.len()]);
+/// Fills `out`, which begins `start` bytes into a tensor, with table entries chosen by random bits.
+fn fill(table: &Table, key: u64, skip_elems: u64, start: u64, out: &mut [u8]) {
+    fn entries<const N: usize>(table: &[[u8; N]], key: u64, first: u64, out: &mut [u8]) {
+        let out = out.as_chunks_mut::<N>().0;
+        // Each 64 random bits choose four entries; the first four may have begun before this stretch.
+        let head_len = usize::try_from(first.next_multiple_of(4) - first).expect("at most three");
+        let (head, rest) = out.split_at_mut(head_len.min(out.len()));
+        let choose = |bits: u64, lane: usize| {
+            let bytes = bits.to_le_bytes();
+            table[usize::from(u16::from_le_bytes([bytes[2 * lane], bytes[2 * lane + 1]]))]
+        };
+        for (lane, entry) in head.iter_mut().enumerate() {
+            let place = first + lane as u64;
+            *entry = choose(random_bits(key, place / 4), 4 - head_len + lane);
+        }
+        for (counter, group) in (first.div_ceil(4)..).zip(rest.chunks_mut(4)) {
+            let bits = random_bits(key, counter);
+            for (lane, entry) in group.iter_mut().enumerate() {
+                *entry = choose(bits, lane);
             }
         }
     }
     match table {
-        Table::OneByte(table) => entries(table, key, first_unit, out),
-        Table::TwoBytes(table) => entries(table, key, first_unit, out),
-        Table::FourBytes(table) => entries(table, key, first_unit, out),
+        Table::OneByte(table) => entries(table, key, skip_elems + start, out),
+        Table::TwoBytes(table) => entries(table, key, skip_elems + start / 2, out),
+        Table::FourBytes(table) => entries(table, key, skip_elems + start / 4, out),
     }
 }
 
@@ -332,9 +348,13 @@ mod tests {
     #[test]
     fn a_stream_can_be_entered_anywhere() {
         let table = Table::OneByte((0..=u16::MAX).map(|bits| [bits.to_le_bytes()[0]]).collect());
-        let (mut whole, mut tail) = (vec![0; 1000], vec![0; 1000 - 128]);
-        fill(&table, 7, 0, &mut whole);
-        fill(&table, 7, 2, &mut tail);
-        assert_eq!(whole[128..], tail);
+        let mut whole = vec![0; 1000];
+        fill(&table, 7, 0, 0, &mut whole);
+        for (skip, start) in [(0, 128), (3, 0), (5, 64), (1, 997)] {
+            let from = usize::try_from(skip + start).unwrap();
+            let mut tail = vec![0; 1000 - from];
+            fill(&table, 7, skip, start, &mut tail);
+            assert_eq!(whole[from..], tail);
+        }
     }
 }

@@ -1,4 +1,5 @@
 //! The `_core` extension module: signatures and calls only.
+#![expect(clippy::needless_pass_by_value, reason = "PyO3 hands over what it converted")]
 
 mod array;
 mod error;
@@ -218,7 +219,9 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("CheckpointError", py.get_type::<error::CheckpointError>())?;
     module.add("MappingError", py.get_type::<error::MappingError>())?;
     module.add("ConversionError", py.get_type::<error::ConversionError>())?;
-    module.add("VerificationError", py.get_type::<error::VerificationError>())?;
+    let verification_error = py.get_type::<error::VerificationError>();
+    verification_error.setattr("report", py.None())?;
+    module.add("VerificationError", verification_error)?;
     module.add_class::<PyCheckpoint>()?;
     module.add_function(wrap_pyfunction!(convert, module)?)?;
     module.add_function(wrap_pyfunction!(verify, module)?)?;

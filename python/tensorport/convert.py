@@ -1,0 +1,158 @@
+"""convert() and verify(): a checkpoint to JAX-ready files, and the proof that they are right. No JAX."""
+
+import json
+import os
+import warnings as python_warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from tensorport import _core
+from tensorport.errors import VerificationError
+from tensorport.progress import Progress, observe
+from tensorport.reports import ConversionReport, VerificationReport
+
+__all__ = ["convert", "verify"]
+
+_FORMATS = {"numpy-direct": "numpy-direct", "numpy": "numpy-direct"}
+_PRECISIONS = ("source", "float16", "bfloat16", "float32")
+_MXFP4_MODES = ("keep", "dequantize")
+_ON_OVERFLOW = ("error", "warn", "saturate")
+
+
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    format: Literal["numpy-direct", "numpy"] = "numpy-direct",  # noqa: A002 - the word that the command line has too
+    precision: Literal["source", "float16", "bfloat16", "float32"] = "source",
+    mxfp4: Literal["keep", "dequantize"] = "keep",
+    shard_size: float = 1.8,
+    workers: int | None = None,
+    max_memory: int = 256_000_000,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    on_overflow: Literal["error", "warn", "saturate"] = "error",
+    resume: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: Progress = True,
+) -> ConversionReport:
+    """Converts a checkpoint to JAX-ready files, in bounded memory and on all cores.
+
+    The output is a function of the source and of the options that decide bytes: neither the number of workers nor an
+    interruption changes it. Every file appears whole or not at all.
+
+    Args:
+        source: what :func:`tensorport.open` opens.
+        output: the folder to write; a new or an empty one.
+        format: `numpy-direct` (or `numpy`): one npy file per tensor, which `jnp.load` reads.
+        precision: `source` keeps every bit; the others cast float64, float32, float16 and bfloat16 tensors, rounding
+            to nearest even. Narrower floats, integers and bools stay.
+        mxfp4: `keep` leaves blocks and scales as two uint8 tensors; `dequantize` makes one tensor
+            [..., rows, 32 * groups] of each pair, in `precision` (`source` means bfloat16).
+        shard_size: largest shard in GB (10^9 bytes) of tensor data; larger tensors are split along axis 0.
+        workers: threads; all cores by default.
+        max_memory: bytes of anonymous memory for the process. Headers of the source come on top.
+        include: glob or globs on full tensor names; only tensors that match are taken. With `dequantize` the name of
+            a pair is that of the decoded tensor.
+        exclude: glob or globs on full tensor names to leave out.
+        on_overflow: what becomes of finite values beyond the precision: `error` raises, `warn` stores infinities,
+            `saturate` the largest finite value. Infinities and NaNs of the source are no overflow.
+        resume: go on with an interrupted conversion; what it had finished is re-checked.
+        overwrite: replace an earlier tree, finished or not. Files that no conversion wrote are never touched.
+        verify: re-read everything that was written against its checksums.
+        progress: False, True for a bar, or a callable that gets a :class:`ProgressEvent`.
+
+    Raises:
+        CheckpointError: the bytes of the source are wrong.
+        ConversionError: the folder holds something else, or values overflow.
+        MappingError: no tensor is selected.
+        VerificationError: what was written does not read back; `report` says what.
+        OSError: the system refused.
+        ValueError: an argument is out of its range.
+        KeyboardInterrupt: after Ctrl-C; `resume=True` goes on.
+    """
+    options = {
+        "format": _FORMATS[_choice("format", format, tuple(_FORMATS))],
+        "precision": _choice("precision", precision, _PRECISIONS),
+        "mxfp4": _choice("mxfp4", mxfp4, _MXFP4_MODES),
+        "shard_size": float(shard_size),
+        "include": _globs(include),
+        "exclude": _globs(exclude),
+        "on_overflow": _choice("on_overflow", on_overflow, _ON_OVERFLOW),
+    }
+    if not 0 < options["shard_size"] < float("inf"):
+        raise ValueError(f"shard_size: found {shard_size}, expected a positive number of GB")
+    with observe(progress) as callback:
+        try:
+            report = _core.convert(
+                Path(source),
+                Path(output),
+                json.dumps(options),
+                resume=resume,
+                overwrite=overwrite,
+                verify=verify,
+                workers=_positive("workers", workers),
+                max_memory=_positive("max_memory", max_memory) or 0,
+                callback=callback,
+            )
+        except VerificationError as fault:
+            message, failures = fault.args
+            error = VerificationError(message)
+            error.report = VerificationReport._from_json(failures)
+            raise error from None
+    result = ConversionReport._from_json(report)
+    for warning in result.warnings:
+        python_warnings.warn(warning, stacklevel=2)
+    return result
+
+
+def verify(
+    output: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    workers: int | None = None,
+    progress: Progress = True,
+) -> VerificationReport:
+    """Re-reads a converted tree against its checksums, and with `source` compares every value after the same casts.
+
+    Args:
+        output: a folder that :func:`convert` wrote.
+        source: the checkpoint that it was made from.
+        workers: threads; all cores by default.
+        progress: False, True for a bar, or a callable that gets a :class:`ProgressEvent`.
+
+    Returns:
+        A report whose `ok` is True when nothing is wrong, and whose `failures` name file, tensor and fault.
+
+    Raises:
+        CheckpointError: the bytes of `source` are wrong. What is wrong with `output` is in the report.
+        OSError: the system refused; FileNotFoundError where `output` does not exist.
+    """
+    with observe(progress) as callback:
+        text = _core.verify(
+            Path(output),
+            None if source is None else Path(source),
+            workers=_positive("workers", workers),
+            callback=callback,
+        )
+    return VerificationReport._from_json(text)
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, choices))}")
+    return value
+
+
+def _positive(name: str, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise ValueError(f"{name}: found {value}, expected a positive number")
+    return value
+
+
+def _globs(patterns: str | Sequence[str] | None) -> list[str] | None:
+    if patterns is None:
+        return None
+    return [patterns] if isinstance(patterns, str) else list(patterns)

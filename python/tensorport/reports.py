@@ -1,0 +1,173 @@
+"""What jobs report: frozen dataclasses that print well and turn into JSON."""
+
+import dataclasses
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ConversionReport", "VerificationFailure", "VerificationReport", "grouped", "human_bytes"]
+
+
+def human_bytes(nbytes: int) -> str:
+    """Bytes in decimal units, as `shard_size` and `max_memory` count them."""
+    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes} B"
+
+
+def grouped(number: int) -> str:
+    """Digits in groups of three."""
+    return f"{number:,}"
+
+
+class _Report:
+    """Text, HTML and JSON from a list of labelled lines."""
+
+    def _lines(self) -> list[tuple[str, str]]:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return "\n".join([type(self).__name__, *(f"  {label}: {text}" for label, text in self._lines())])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self._lines())
+        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+
+    def to_json(self) -> str:
+        """The report as JSON."""
+
+        def plain(value: object) -> object:
+            return str(value) if isinstance(value, Path) else dict(value) if isinstance(value, Mapping) else value
+
+        assert dataclasses.is_dataclass(self)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {
+            name: [dataclasses.asdict(item) if dataclasses.is_dataclass(item) else item for item in value]
+            if isinstance(value, tuple)
+            else plain(value)
+            for name, value in fields.items()
+        }
+        return json.dumps(fields, indent=2)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
+class ConversionReport(_Report):
+    """What a conversion did.
+
+    Attributes:
+        output: the output folder.
+        options: the options that decide the bytes: format, precision, mxfp4, shard_size, include, exclude, on_overflow.
+        total_tensors: tensors in the output.
+        total_parameters: parameters in the output; MXFP4 values count once, their scales do not.
+        total_bytes: bytes of tensor data in the output.
+        total_files: files with tensor data.
+        resumed_tensors: tensors that an earlier, interrupted run had finished.
+        overflow: finite values beyond the precision, by tensor; only tensors that have some.
+        underflow: values that became zero and were not, by tensor; only tensors that have some.
+        copied_files: files beside the tensors that were copied as they were.
+        edited_files: files beside the tensors that were corrected to fit, such as config.json.
+        warnings: what the user should know.
+        verified: whether the output was re-read against its checksums.
+        seconds: wall time, verification included.
+    """
+
+    output: Path
+    options: Mapping[str, Any]
+    total_tensors: int
+    total_parameters: int
+    total_bytes: int
+    total_files: int
+    resumed_tensors: int
+    overflow: Mapping[str, int]
+    underflow: Mapping[str, int]
+    copied_files: tuple[str, ...]
+    edited_files: tuple[str, ...]
+    warnings: tuple[str, ...]
+    verified: bool
+    seconds: float
+
+    @classmethod
+    def _from_json(cls, text: str) -> "ConversionReport":
+        fields = json.loads(text)
+        fields["output"] = Path(fields["output"])
+        for name in ("copied_files", "edited_files", "warnings"):
+            fields[name] = tuple(fields[name])
+        return cls(**fields)
+
+    def _lines(self) -> list[tuple[str, str]]:
+        lines = [
+            ("output", str(self.output)),
+            ("options", ", ".join(f"{key}={value!r}" for key, value in self.options.items() if value is not None)),
+            ("tensors", f"{self.total_tensors} in {self.total_files} files, {human_bytes(self.total_bytes)}"),
+            ("parameters", grouped(self.total_parameters)),
+            ("verified", "yes" if self.verified else "no"),
+            ("seconds", f"{self.seconds:.2f}"),
+        ]
+        if self.resumed_tensors:
+            lines.append(("resumed", f"{self.resumed_tensors} tensors were whole before"))
+        for label, counts in (("overflow", self.overflow), ("underflow", self.underflow)):
+            lines += [(label, f"{name}: {count} values") for name, count in counts.items()]
+        for label, names in (("copied", self.copied_files), ("edited", self.edited_files)):
+            if names:
+                lines.append((label, ", ".join(names)))
+        return lines + [("warning", warning) for warning in self.warnings]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VerificationFailure:
+    """One thing that is wrong with a converted tree.
+
+    Attributes:
+        file: the file, relative to the tree.
+        tensor: the tensor, where one is concerned.
+        what: what is wrong with it.
+    """
+
+    file: str
+    tensor: str | None
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: tensor {self.tensor!r}: {self.what}" if self.tensor else f"{self.file}: {self.what}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
+class VerificationReport(_Report):
+    """What a verification found.
+
+    Attributes:
+        output: the tree.
+        ok: True when there are no failures.
+        failures: everything that is wrong.
+        tensors: tensors that were read.
+        nbytes: bytes of tensor data that were read.
+        compared_with_source: whether the values were compared with a source.
+        seconds: wall time.
+    """
+
+    output: Path
+    ok: bool
+    failures: tuple[VerificationFailure, ...]
+    tensors: int
+    nbytes: int
+    compared_with_source: bool
+    seconds: float
+
+    @classmethod
+    def _from_json(cls, text: str) -> "VerificationReport":
+        fields = json.loads(text)
+        fields["output"] = Path(fields["output"])
+        fields["failures"] = tuple(VerificationFailure(**failure) for failure in fields["failures"])
+        return cls(**fields)
+
+    def _lines(self) -> list[tuple[str, str]]:
+        lines = [
+            ("output", str(self.output)),
+            ("ok", "yes" if self.ok else "NO"),
+            ("read", f"{self.tensors} tensors, {human_bytes(self.nbytes)}, {self.seconds:.2f} s"),
+            ("compared with", "checksums and source" if self.compared_with_source else "checksums"),
+        ]
+        return lines + [("failure", str(failure)) for failure in self.failures]
