@@ -7,6 +7,20 @@ from typing import Any, Final, final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "ConversionError",
+    "MappingError",
+    "TensorportError",
+    "VerificationError",
+    "__version__",
+    "convert",
+    "run_cli",
+    "synthesize",
+    "verify",
+]
+
 __version__: Final[str]
 
 _Path = str | os.PathLike[str]
@@ -17,6 +31,7 @@ class TensorportError(Exception): ...
 class CheckpointError(TensorportError): ...
 class MappingError(TensorportError): ...
 class ConversionError(TensorportError): ...
+
 class VerificationError(TensorportError):
     report: Any
 
@@ -47,7 +62,5 @@ def convert(
     callback: _Callback | None,
 ) -> str: ...
 def verify(output: _Path, source: _Path | None, *, workers: int | None, callback: _Callback | None) -> str: ...
-def synthesize(
-    folder: _Path, files: str, seed: int, *, workers: int | None, callback: _Callback | None
-) -> int: ...
+def synthesize(folder: _Path, files: str, seed: int, *, workers: int | None, callback: _Callback | None) -> int: ...
 def run_cli(args: Sequence[str]) -> int: ...

