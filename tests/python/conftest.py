@@ -11,7 +11,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-
 import tensorport
 
 DATA = Path(__file__).parents[1] / "data"
