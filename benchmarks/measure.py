@@ -1,0 +1,123 @@
+"""Runs commands and measures them: wall time, CPU time, peak anonymous memory of the process tree, cgroup peak.
+
+Linux only: memory is read from /proc.
+"""
+
+import dataclasses
+import os
+import platform
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+SAMPLE_INTERVAL_S = 0.005
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One run of one command."""
+
+    wall_s: float
+    cpu_s: float
+    anonymous_bytes: int
+    cgroup_peak_bytes: int | None
+
+
+def anonymous_bytes(pid: int) -> int:
+    """RssAnon of a process and all its descendants, in bytes; page cache and mapped files do not count."""
+    total = 0
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+        total += next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (OSError, StopIteration, ProcessLookupError):
+        return total
+    return total + sum(anonymous_bytes(int(child)) for child in children)
+
+
+def run(command: Sequence[str], env: dict[str, str] | None = None) -> Measurement:
+    """Runs a command to its end; raises CalledProcessError when it fails."""
+    cgroup = _new_cgroup()
+    peak = 0
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
+    if cgroup is not None:
+        (cgroup / "cgroup.procs").write_text(str(process.pid))
+    done = threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, anonymous_bytes(process.pid))
+            done.wait(SAMPLE_INTERVAL_S)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - started
+    process.returncode = os.waitstatus_to_exitcode(status)
+    done.set()
+    sampler.join()
+    cgroup_peak = None
+    if cgroup is not None:
+        cgroup_peak = int((cgroup / "memory.peak").read_text())
+        cgroup.rmdir()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
+    return Measurement(wall, usage.ru_utime + usage.ru_stime, peak, cgroup_peak)
+
+
+def _new_cgroup() -> Path | None:
+    """A cgroup of our own that counts memory, where the system lets us make one."""
+    folder = CGROUP_ROOT / f"tensorport-bench-{os.getpid()}-{time.monotonic_ns()}"
+    try:
+        folder.mkdir()
+    except OSError:
+        return None
+    if not (folder / "memory.peak").exists():
+        folder.rmdir()
+        return None
+    return folder
+
+
+def interleave(
+    jobs: dict[str, Callable[[], Sequence[str]]], rounds: int, warmups: int, say: Callable[[str], None]
+) -> dict[str, Measurement]:
+    """Runs every job once per round, so that a drift of the machine meets all of them; returns medians.
+
+    A job makes its command anew each time, cleaning up what its last run left.
+    """
+    samples: dict[str, list[Measurement]] = {name: [] for name in jobs}
+    for number in range(warmups + rounds):
+        for name, make_command in jobs.items():
+            measured = run(make_command())
+            say(
+                f"{'warm-up' if number < warmups else f'round {number - warmups + 1}'}: {name}: {measured.wall_s:.2f} s"
+            )
+            if number >= warmups:
+                samples[name].append(measured)
+    return {name: _median(values) for name, values in samples.items()}
+
+
+def _median(values: list[Measurement]) -> Measurement:
+    peaks = [value.cgroup_peak_bytes for value in values if value.cgroup_peak_bytes is not None]
+    return Measurement(
+        statistics.median(value.wall_s for value in values),
+        statistics.median(value.cpu_s for value in values),
+        max(value.anonymous_bytes for value in values),
+        max(peaks) if peaks else None,
+    )
+
+
+def machine() -> str:
+    """The machine in a line."""
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    model = models[0].partition(":")[2].strip() if models else platform.processor()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB, {platform.system()} {platform.release()}"
