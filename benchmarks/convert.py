@@ -2,8 +2,8 @@
 
 usage: python benchmarks/convert.py [--where FOLDER] [--rounds 5] [--warmups 3] [--sync] [--only NAME]...
 
-Prints a table in Markdown: medians of whole processes, interleaved in one run, each with its ratio to `cp -r` of the same
-checkpoint. Ratios of wall time for jobs that write what they read; for casts, ratios of bytes written per second.
+Prints a table in Markdown: medians of whole processes, interleaved in one run, each with its ratio to `cp -r` of the
+same checkpoint. Ratios of wall time for jobs that write what they read; for casts, ratios of bytes written per second.
 --where puts the source and the outputs elsewhere than /dev/shm; --sync adds a sync to every job, for disks.
 """
 
@@ -50,7 +50,7 @@ def _measure(
     command = [options.binary] if options.binary else [sys.executable, "-m", "tensorport"]
     written: dict[str, int] = {}
 
-    def job(name: str, arguments: Sequence[str]) -> Callable[[], Sequence[str]]:
+    def job(arguments: Sequence[str]) -> Callable[[], Sequence[str]]:
         def make() -> Sequence[str]:
             _clean(output)
             return ["sh", "-c", '"$@" && sync', "sh", *arguments] if options.sync else arguments
@@ -77,7 +77,7 @@ def _measure(
     if options.only:
         jobs = {n: c for n, c in jobs.items() if n == "cp -r" or any(part in n for part in options.only)}
 
-    made = {name: job(name, arguments) for name, arguments in jobs.items()}
+    made = {name: job(arguments) for name, arguments in jobs.items()}
     for name, make in made.items():  # once before counting: how much each job writes
         measure.run(make())
         written[name] = sum(file.stat().st_size for file in output.rglob("*") if file.is_file())
