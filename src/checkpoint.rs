@@ -9,15 +9,15 @@ use std::time::UNIX_EPOCH;
 
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::xxh3_128;
 
+use crate::checksum::Checksum;
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::header;
 use crate::index;
 use crate::journal;
-use crate::manifest::{self, MANIFEST_NAME, Manifest, hex128};
+use crate::manifest::{self, MANIFEST_NAME, Manifest};
 use crate::mapping::Mapping;
 use crate::mxfp4::{self, Candidate};
 use crate::ordered_map::OrderedMap;
@@ -74,8 +74,7 @@ pub struct Fingerprint {
     /// Size.
     pub nbytes: u64,
     /// Hash of the header; of the whole manifest where the source is a converted tree.
-    #[serde(with = "hex128")]
-    pub header_xxh3_128: u128,
+    pub header_xxh3_128: Checksum,
 }
 
 /// One tensor.
@@ -141,7 +140,9 @@ impl Checkpoint {
         let mut files = match index::find(source, &names)? {
             Some(index_path) => {
                 let index = index::read(&index_path)?;
-                let checkpoint = Self::from_safetensors(source, Kind::Directory, index.files(source))?;
+                let files = index.files(source);
+                index.check_files(&index_path, &files)?;
+                let checkpoint = Self::from_safetensors(source, Kind::Directory, files)?;
                 index.check(&index_path, &checkpoint)?;
                 return Ok(checkpoint);
             }
@@ -171,8 +172,8 @@ impl Checkpoint {
             let (file, stat) = file::open_regular(&path)?;
             let header = header::read(&path, &file, stat.len())?;
             let nbytes = stat.len();
-            builder.fingerprints.push(Fingerprint { name: name.clone(), nbytes, header_xxh3_128: header.xxh3_128 });
-            let file = builder.add_file(name, path, &stat);
+            builder.fingerprints.push(Fingerprint { name: name.clone(), nbytes, header_xxh3_128: header.checksum });
+            let file = builder.add_file(name, &path, &stat)?;
             for (key, value) in header.metadata.0 {
                 metadata.entry(key).or_insert(value);
             }
@@ -196,7 +197,7 @@ impl Checkpoint {
         builder.fingerprints.push(Fingerprint {
             name: MANIFEST_NAME.into(),
             nbytes: manifest_bytes.len() as u64,
-            header_xxh3_128: xxh3_128(manifest_bytes),
+            header_xxh3_128: Checksum::of(manifest_bytes),
         });
         for (name, info) in manifest.tensors.0 {
             let spec = tree_tensor(&manifest_path, &name, &info)?;
@@ -207,7 +208,7 @@ impl Checkpoint {
                     Error::tensor(&manifest_path, &name, format_args!("file {relative:?}"), expected)
                 })?;
                 let stat = npy_file(&path, &name, &spec, offset, nbytes)?;
-                let file = builder.add_file(relative.clone(), path, &stat);
+                let file = builder.add_file(relative.clone(), &path, &stat)?;
                 parts.push(Part { file, offset, nbytes });
             }
             builder.add_tensor(TensorSpec { parts, ..spec })?;
@@ -296,7 +297,7 @@ impl SourceFile {
         if let Some(mapping) = slot.upgrade() {
             return Ok(mapping);
         }
-        let mapping = Mapping::open(&self.path, self.nbytes)?;
+        let mapping = Mapping::new(&self.path, &self.open()?)?;
         *slot = Arc::downgrade(&mapping);
         Ok(mapping)
     }
@@ -340,10 +341,12 @@ impl Builder {
         }
     }
 
-    fn add_file(&mut self, name: String, path: PathBuf, stat: &Metadata) -> usize {
+    fn add_file(&mut self, name: String, path: &Path, stat: &Metadata) -> Result<usize> {
+        // Absolute, so that a later change of the working directory changes nothing.
+        let path = std::path::absolute(path).map_err(|fault| Error::io(path, fault))?;
         let (nbytes, modified_ns) = (stat.len(), modified_ns(stat));
         self.files.push(SourceFile { path, name, nbytes, modified_ns, mapping: Mutex::default() });
-        self.files.len() - 1
+        Ok(self.files.len() - 1)
     }
 
     fn add_tensor(&mut self, tensor: TensorSpec) -> Result<()> {
@@ -404,8 +407,10 @@ pub(crate) fn tree_tensor(manifest: &Path, name: &str, info: &manifest::TensorIn
         return Err(fault(format!("nbytes {}", info.nbytes), &format!("{nbytes} for {} {:?}", info.dtype, info.shape)));
     }
     let parts = info.files.len();
-    if parts == 0 || info.offsets.len() != parts || info.part_nbytes.len() != parts {
-        let found = format!("{parts} files, {} offsets, {} part_nbytes", info.offsets.len(), info.part_nbytes.len());
+    let lengths = [info.offsets.len(), info.part_nbytes.len(), info.part_xxh3_128.len()];
+    if parts == 0 || lengths != [parts; 3] {
+        let [offsets, sizes, sums] = lengths;
+        let found = format!("{parts} files, {offsets} offsets, {sizes} part_nbytes, {sums} part_xxh3_128");
         return Err(fault(found, "the same number of each, at least one"));
     }
     let sum = info.part_nbytes.iter().try_fold(0u64, |sum, &bytes| sum.checked_add(bytes));
@@ -424,7 +429,12 @@ pub(crate) fn npy_file(path: &Path, name: &str, spec: &TensorSpec, offset: u64, 
     if header.len() as u64 != offset {
         return Err(fault(format!("offset {offset} in the manifest"), format!("{}", header.len())));
     }
-    let (file, stat) = file::open_regular(path)?;
+    let (file, stat) = file::open_regular(path).map_err(|found| match found {
+        Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+            fault("no such file".into(), "the file that the manifest names".into())
+        }
+        other => other,
+    })?;
     let expected = offset + nbytes;
     if stat.len() != expected {
         return Err(fault(format!("{} bytes", stat.len()), format!("{expected} bytes")));

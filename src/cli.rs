@@ -12,8 +12,8 @@ use serde::Serialize;
 use crate::cast::OnOverflow;
 use crate::checkpoint::Checkpoint;
 use crate::convert::{self, ConversionReport, Mode};
-use crate::error::{Error, Result};
-use crate::inspect::{self, grouped, human_bytes};
+use crate::error::{Error, Result, printable};
+use crate::inspect::{self, grouped, human_bytes, one_line};
 use crate::plan::{Format, Mxfp4Mode, Options, Precision};
 use crate::progress::{Event, Phase};
 use crate::verify;
@@ -188,11 +188,11 @@ pub fn run(
     match dispatch(cli, host, interrupted) {
         Ok(status) => status,
         Err(Error::Cancelled) => {
-            eprintln!("interrupted; convert --resume goes on from here");
+            complain("interrupted (an unfinished conversion goes on with --resume)");
             INTERRUPTED
         }
         Err(fault) => {
-            eprintln!("error: {fault}");
+            complain(&format!("error: {fault}"));
             if matches!(fault, Error::Argument { .. }) { USAGE } else { FAILED }
         }
     }
@@ -228,7 +228,7 @@ fn dispatch(cli: Cli, host: Host, interrupted: &mut dyn FnMut() -> ControlFlow<(
             let report = convert::convert(&args.input, &args.output, &options, mode, resources, &mut observer)?;
             bar.clear();
             for warning in &report.warnings {
-                eprintln!("warning: {warning}");
+                complain(&format!("warning: {warning}"));
             }
             print(&if args.json { json(&report) } else { describe_conversion(&report) })
         }
@@ -258,7 +258,7 @@ fn dispatch(cli: Cli, host: Host, interrupted: &mut dyn FnMut() -> ControlFlow<(
 }
 
 fn needs_python(command: &str, package: &str) -> u8 {
-    eprintln!("error: `tensorport {command}` is part of the Python package: pip install '{package}'");
+    complain(&format!("error: `tensorport {command}` is part of the Python package: pip install '{package}'"));
     USAGE
 }
 
@@ -267,14 +267,19 @@ fn resources(workers: Option<usize>) -> Resources {
     Resources { workers: workers.unwrap_or(default.workers), ..default }
 }
 
-/// Writes to stdout; a reader that closed the pipe has seen enough.
+/// Writes to stdout, without control characters that files may have supplied; a reader that closed the pipe has seen enough.
 fn print(text: &str) -> Result<u8> {
-    match io::stdout().lock().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {
+    match io::stdout().lock().write_all(printable(text).as_bytes()).and_then(|()| io::stdout().flush()) {
         Err(fault) if fault.kind() != io::ErrorKind::BrokenPipe => {
             Err(Error::Io { path: "standard output".into(), source: fault })
         }
         _ => Ok(0),
     }
+}
+
+/// Writes a line to stderr; that it is closed is no reason to fail.
+fn complain(text: &str) {
+    let _ = writeln!(io::stderr(), "{}", printable(text));
 }
 
 fn json(value: &impl Serialize) -> String {
@@ -300,11 +305,11 @@ fn describe_conversion(report: &ConversionReport) -> String {
     );
     for (label, files) in [("copied", &report.copied_files), ("edited", &report.edited_files)] {
         if !files.is_empty() {
-            text += &format!("{label}: {}\n", files.join(", "));
+            text += &format!("{label}: {}\n", one_line(&files.join(", ")));
         }
     }
     for (name, count) in &report.underflow.0 {
-        text += &format!("{name}: {count} values became zero\n");
+        text += &format!("{}: {count} values became zero\n", one_line(name));
     }
     text
 }
@@ -353,7 +358,7 @@ impl Bar {
         }
         if let Some(bar) = &self.bar {
             bar.set_position(event.bytes_done);
-            bar.set_message(event.tensor.escape_debug().to_string());
+            bar.set_message(one_line(event.tensor));
         }
     }
 

@@ -1,16 +1,15 @@
 //! Executes a plan: parallel, in bounded buffers, resumable, every file whole or absent.
 
-use std::collections::{BTreeSet, HashMap};
-use std::ffi::OsStr;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use serde::Serialize;
-use xxhash_rust::xxh3::Xxh3;
 
 use crate::cast::{Counts, OnOverflow, Target};
 use crate::checkpoint::Checkpoint;
+use crate::checksum::{TensorChecksums, TensorHasher};
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::file;
@@ -21,7 +20,7 @@ use crate::manifest::{
 use crate::ordered_map::OrderedMap;
 use crate::plan::{self, Options, Plan, PlannedTensor};
 use crate::progress::{Observer, Phase, Progress};
-use crate::side_files::{self, LOAD_PARAMS_NAME, SideFile};
+use crate::side_files::{self, SideFile};
 use crate::sink::Sinks;
 use crate::transform::{self, Producer};
 use crate::verify::{self, CheckFile, CheckTensor};
@@ -86,11 +85,15 @@ pub fn convert(
     let plan = plan::plan(checkpoint.tensors(), |tensor| checkpoint.path_of(tensor), options)?;
     let side_files = side_files::plan(&checkpoint, &plan, options)?;
     let job = Conversion { checkpoint: &checkpoint, plan: &plan, side_files: &side_files, options, output };
+    std::fs::create_dir_all(output).map_err(|fault| Error::io(output, fault))?;
+    let _lock = file::lock_folder(output)?.ok_or_else(|| {
+        Error::output(output, "another conversion that is writing here now", "one conversion at a time into a folder")
+    })?;
     let (journal, listed) = match job.prepare(mode)? {
         Prepared::Ready(journal, listed) => (journal, listed),
         Prepared::Finished(manifest) => return job.report_finished(&manifest, resources, observer, started),
     };
-    let done = job.recheck(listed, worker_bytes, resources, observer)?;
+    let done = job.recheck(&listed, worker_bytes, resources, observer)?;
     let resumed_tensors = done.len() as u64;
     let entries = job.write_tensors(&journal, done, worker_bytes, resources, observer)?;
     for file in checkpoint.files() {
@@ -125,15 +128,13 @@ impl Conversion<'_> {
     /// Brings the output folder into the state that the journal describes. Deletes nothing that no conversion wrote.
     fn prepare(&self, mode: Mode) -> Result<Prepared> {
         let output = self.output;
-        std::fs::create_dir_all(output).map_err(|fault| Error::io(output, fault))?;
         self.refuse_own_source()?;
         let names = visible_names(output)?;
-        let side_files = self.side_files.iter().map(|file| file.name.clone()).collect();
-        let mut header = Header::new(self.checkpoint, self.options, side_files, Vec::new());
+        let mut header = Header::new(self.checkpoint, self.options, self.output_names());
         if let Some((journal, begun, entries)) = Journal::open(output)? {
             let difference = begun.difference(&header);
             if mode.resume && difference.is_none() {
-                remove_leftovers(output, &begun, self.plan)?;
+                remove_leftovers(output, &begun)?;
                 return Ok(Prepared::Ready(journal, entries));
             }
             if !mode.overwrite {
@@ -141,29 +142,41 @@ impl Conversion<'_> {
                 let expected = "resume=True with the same source and options, overwrite=True, or another folder";
                 return Err(Error::output(output, found, expected));
             }
-            header.replaces = owned_files(output)?;
-            header.replaces.extend(begun.side_files);
+            header.replaces = begun.files;
+            header.replaces.extend(begun.replaces);
         } else if names.iter().any(|name| name == MANIFEST_NAME) {
-            let finished = Manifest::read(output).map_err(|fault| {
+            let path = output.join(MANIFEST_NAME);
+            let bytes = file::read_bounded(&path, manifest::MAX_MANIFEST_BYTES)?;
+            let finished = Manifest::from_bytes(&path, &bytes).map_err(|fault| {
                 Error::output(output, format_args!("a manifest.json that is not ours ({fault})"), "an empty folder")
             })?;
             if mode.resume && self.is_result(&finished) {
+                if !Manifest::self_hash_holds(&bytes) {
+                    let expected = "the manifest as it was written, or overwrite=True";
+                    return Err(Error::output(&path, "an edited or damaged manifest", expected));
+                }
                 return Ok(Prepared::Finished(Box::new(finished)));
             }
             if !mode.overwrite {
                 let found = if mode.resume { "a finished tree of another conversion" } else { "a finished tree" };
                 return Err(Error::output(output, found, "overwrite=True, or another folder"));
             }
-            header.replaces = owned_files(output)?;
-            header.replaces.extend(finished.side_files.0.into_iter().map(|(name, _)| name));
-            header.replaces.push(MANIFEST_NAME.into());
+            let tensor_files = finished.tensors.0.into_iter().flat_map(|(_, info)| info.files);
+            let side_files = finished.side_files.0.into_iter().map(|(name, _)| name);
+            header.replaces = tensor_files.chain(side_files).collect();
         } else if let Some(foreign) = names.first() {
             let found = format_args!("{foreign:?} and {} more files that no conversion wrote", names.len() - 1);
             return Err(Error::output(output, found, "an empty folder, or a new one"));
         }
         let journal = Journal::create(output, &header)?;
-        remove_leftovers(output, &header, self.plan)?;
+        remove_leftovers(output, &header)?;
         Ok(Prepared::Ready(journal, HashMap::new()))
+    }
+
+    /// Every file of the tree but the manifest.
+    fn output_names(&self) -> Vec<String> {
+        let side_files = self.side_files.iter().map(|file| file.name.clone());
+        self.plan.files.iter().map(|file| file.path.clone()).chain(side_files).collect()
     }
 
     /// A tree cannot be converted into itself.
@@ -188,7 +201,7 @@ impl Conversion<'_> {
     /// Of the tensors that the journal lists, those whose files are there and whole.
     fn recheck(
         &self,
-        listed: HashMap<String, Entry>,
+        listed: &HashMap<String, Entry>,
         worker_bytes: u64,
         resources: Resources,
         observer: &mut Observer<'_>,
@@ -199,14 +212,15 @@ impl Conversion<'_> {
             return Ok(HashMap::new());
         }
         let checks: Vec<_> =
-            listed_tensors.iter().map(|(tensor, entry)| self.check_of(tensor, entry.xxh3_128)).collect();
+            listed_tensors.iter().map(|(tensor, entry)| self.check_of(tensor, entry.checksums())).collect();
         let failures =
             verify::check_tensors(Phase::Check, self.output, &checks, None, worker_bytes, resources.workers, observer)?;
         let broken: BTreeSet<_> = failures.into_iter().filter_map(|failure| failure.tensor).collect();
-        Ok(listed.into_iter().filter(|(name, _)| !broken.contains(name)).collect())
+        let whole = listed_tensors.into_iter().filter(|(tensor, _)| !broken.contains(&tensor.name));
+        Ok(whole.map(|(tensor, entry)| (tensor.name.clone(), entry.clone())).collect())
     }
 
-    fn check_of<'b>(&'b self, tensor: &'b PlannedTensor, xxh3_128: u128) -> CheckTensor<'b> {
+    fn check_of<'b>(&'b self, tensor: &'b PlannedTensor, checksums: TensorChecksums) -> CheckTensor<'b> {
         let unit_bytes = tensor.transform.output_unit_bytes();
         CheckTensor {
             name: &tensor.name,
@@ -224,7 +238,8 @@ impl Conversion<'_> {
                     }
                 })
                 .collect(),
-            xxh3_128,
+            checksums,
+            counts: None,
             planned: None,
         }
     }
@@ -240,6 +255,7 @@ impl Conversion<'_> {
     ) -> Result<HashMap<String, Entry>> {
         for (shard, _) in &self.plan.shards {
             let folder = self.output.join(shard);
+            refuse_link(&folder)?;
             std::fs::create_dir_all(&folder).map_err(|fault| Error::io(&folder, fault))?;
         }
         let tensors: Vec<_> = self.plan.tensors.iter().filter(|tensor| !done.contains_key(&tensor.name)).collect();
@@ -292,6 +308,7 @@ impl Conversion<'_> {
                 source_dtype: tensor.source_dtype.into(),
                 nbytes: tensor.nbytes,
                 xxh3_128: entry.xxh3_128,
+                part_xxh3_128: entry.part_xxh3_128.clone(),
                 overflow: entry.overflow,
                 underflow: entry.underflow,
             };
@@ -389,14 +406,14 @@ impl Conversion<'_> {
     }
 }
 
-/// Names in a folder, except the temporary file of a journal that never came to be.
+/// Names in a folder, except the lock and the temporary file of a journal that never came to be.
 fn visible_names(folder: &Path) -> Result<Vec<String>> {
-    let unborn = format!("{JOURNAL_NAME}{}", file::TEMPORARY_SUFFIX);
+    let own = [format!("{JOURNAL_NAME}{}", file::TEMPORARY_SUFFIX), file::LOCK_NAME.to_owned()];
     let mut names = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(|fault| Error::io(folder, fault))? {
         let entry = entry.map_err(|fault| Error::io(folder, fault))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name != unborn {
+        if !own.contains(&name) {
             names.push(name);
         }
     }
@@ -404,48 +421,41 @@ fn visible_names(folder: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Files with tensor data in the shard folders of a tree that a conversion wrote, finished or not.
-fn owned_files(output: &Path) -> Result<Vec<String>> {
-    let npy = Some(OsStr::new("npy"));
-    let mut owned = vec![LOAD_PARAMS_NAME.to_owned()];
-    for shard in visible_names(output)? {
-        let is_shard =
-            shard.strip_prefix("shard_").is_some_and(|n| n.len() >= 3 && n.bytes().all(|b| b.is_ascii_digit()));
-        if is_shard && output.join(&shard).is_dir() {
-            let names = visible_names(&output.join(&shard))?;
-            let ours =
-                |name: &String| Path::new(name.strip_suffix(file::TEMPORARY_SUFFIX).unwrap_or(name)).extension() == npy;
-            owned.extend(names.into_iter().filter(ours).map(|name| format!("{shard}/{name}")));
-        }
+/// A shard folder that is a link leads out of the tree: nothing is written or deleted there.
+fn refuse_link(folder: &Path) -> Result<()> {
+    match std::fs::symlink_metadata(folder) {
+        Ok(stat) if stat.is_symlink() => Err(Error::output(folder, "a symbolic link", "a folder of the tree")),
+        _ => Ok(()),
     }
-    Ok(owned)
 }
 
-/// Removes temporary files of an interrupted run and the files of a tree that is being replaced.
-fn remove_leftovers(output: &Path, header: &Header, plan: &Plan) -> Result<()> {
+/// Removes temporary files of an interrupted run, and the files of a tree that is being replaced: those that its
+/// manifest or journal names, and no others.
+fn remove_leftovers(output: &Path, header: &Header) -> Result<()> {
     let remove = |relative: &str| {
         let Some(path) = manifest::tree_path(output, relative) else { return Ok(()) };
+        if let Some((shard, _)) = relative.split_once('/') {
+            refuse_link(&output.join(shard))?;
+        }
         match std::fs::remove_file(&path) {
             Err(fault) if fault.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&path, fault)),
             _ => Ok(()),
         }
     };
     // The manifest first: without it, what is left is no finished tree.
-    if header.replaces.iter().any(|name| name == MANIFEST_NAME) {
-        remove(MANIFEST_NAME)?;
-    }
-    let planned: BTreeSet<&str> = plan.files.iter().map(|file| file.path.as_str()).collect();
+    remove(MANIFEST_NAME)?;
+    let planned: HashSet<&str> = header.files.iter().map(String::as_str).collect();
     for relative in &header.replaces {
+        remove(&format!("{relative}{}", file::TEMPORARY_SUFFIX))?;
         if !planned.contains(relative.as_str()) {
             remove(relative)?;
-            if let Some((shard, _)) = relative.split_once('/') {
-                // Fails while the folder holds anything, as it should.
-                let _ = std::fs::remove_dir(output.join(shard));
-            }
+        }
+        if let Some((shard, _)) = relative.split_once('/') {
+            // Fails while the folder holds anything, as it should.
+            let _ = std::fs::remove_dir(output.join(shard));
         }
     }
-    let side_files = header.side_files.iter().map(String::as_str).chain([MANIFEST_NAME, JOURNAL_NAME]);
-    for relative in planned.into_iter().chain(side_files) {
+    for relative in header.files.iter().map(String::as_str).chain([MANIFEST_NAME, JOURNAL_NAME]) {
         remove(&format!("{relative}{}", file::TEMPORARY_SUFFIX))?;
     }
     Ok(())
@@ -462,16 +472,15 @@ struct WriteJob<'a> {
     progress: &'a Progress<'a>,
 }
 
-/// One worker's reader and output buffer, and what the chunk it holds lost.
+/// One worker's reader and buffer, and what the chunk it holds lost.
 struct WriteScratch<'a> {
     producer: Producer<'a>,
-    out: Vec<u8>,
     counts: Counts,
 }
 
 /// What is known of a tensor between its first and its last chunk.
 struct WriteState {
-    hasher: Xxh3,
+    hasher: TensorHasher,
     counts: Counts,
 }
 
@@ -480,30 +489,27 @@ impl<'a> Job for WriteJob<'a> {
     type State = WriteState;
 
     fn scratch(&self) -> Self::Scratch {
-        WriteScratch {
-            producer: Producer::new(self.checkpoint, self.on_overflow),
-            out: Vec::new(),
-            counts: Counts::default(),
-        }
+        WriteScratch { producer: Producer::new(self.checkpoint, self.on_overflow), counts: Counts::default() }
     }
 
-    fn begin(&self, _: usize) -> WriteState {
-        WriteState { hasher: Xxh3::new(), counts: Counts::default() }
+    fn begin(&self, item: usize) -> WriteState {
+        WriteState { hasher: TensorHasher::new(self.tensors[item].pieces.len()), counts: Counts::default() }
     }
 
     fn process(&self, chunk: &Chunk, scratch: &mut Self::Scratch) -> Result<()> {
         let tensor = self.tensors[chunk.item];
-        scratch.counts = scratch.producer.produce(tensor, &chunk.units, &mut scratch.out)?;
+        scratch.counts = scratch.producer.produce(tensor, &chunk.units)?;
+        let output = scratch.producer.output();
         let piece = &tensor.pieces[chunk.piece];
         let skipped = (chunk.units.start - piece.units.start) * tensor.transform.output_unit_bytes();
-        self.sinks.write(piece.file, &scratch.out, piece.offset + skipped)?;
-        self.progress.add_bytes(scratch.out.len() as u64);
+        self.sinks.write(piece.file, output, piece.offset + skipped)?;
+        self.progress.add_bytes(output.len() as u64);
         Ok(())
     }
 
     fn commit(&self, chunk: &Chunk, scratch: &mut Self::Scratch, state: &mut WriteState) -> Result<()> {
         let tensor = self.tensors[chunk.item];
-        state.hasher.update(&scratch.out);
+        state.hasher.update(scratch.producer.output(), chunk.ends_piece);
         state.counts.merge(scratch.counts);
         if chunk.ends_item && state.counts.overflow > 0 && self.on_overflow == OnOverflow::Error {
             let target = Target::from_dtype(tensor.dtype).expect("only casts overflow");
@@ -522,9 +528,11 @@ impl<'a> Job for WriteJob<'a> {
     }
 
     fn finish(&self, item: usize, state: WriteState) -> Result<()> {
+        let checksums = state.hasher.finish();
         let entry = Entry {
             tensor: self.tensors[item].name.clone(),
-            xxh3_128: state.hasher.digest128(),
+            xxh3_128: checksums.whole,
+            part_xxh3_128: checksums.parts,
             overflow: state.counts.overflow,
             underflow: state.counts.underflow,
         };

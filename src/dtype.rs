@@ -81,8 +81,8 @@ pub fn is_sub_byte(dtype: Dtype) -> bool {
 /// Bytes of `shape` elements of `dtype`; None on overflow or when the bits do not fill whole bytes.
 #[must_use]
 pub fn checked_nbytes(dtype: Dtype, shape: &[u64]) -> Option<u64> {
-    let bits = checked_elements(shape)?.checked_mul(dtype.bitsize() as u64)?;
-    bits.is_multiple_of(8).then_some(bits / 8)
+    let bits = u128::from(checked_elements(shape)?) * dtype.bitsize() as u128;
+    if bits.is_multiple_of(8) { u64::try_from(bits / 8).ok() } else { None }
 }
 
 /// Number of elements of `shape`; None on overflow.

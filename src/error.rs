@@ -1,5 +1,6 @@
 //! The one error type of the crate.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -126,7 +127,7 @@ impl Error {
     pub(crate) fn file(path: &Path, found: impl fmt::Display, expected: impl fmt::Display) -> Self {
         Self::MalformedFile {
             path: path.to_path_buf(),
-            found: shorten(&found.to_string()),
+            found: printable(&shorten(&found.to_string())).into_owned(),
             expected: expected.to_string(),
         }
     }
@@ -136,7 +137,7 @@ impl Error {
         Self::MalformedTensor {
             path: path.to_path_buf(),
             tensor: tensor.to_owned(),
-            found: shorten(&found.to_string()),
+            found: printable(&shorten(&found.to_string())).into_owned(),
             expected: expected.to_string(),
         }
     }
@@ -165,6 +166,17 @@ fn shorten(text: &str) -> String {
         None => text.to_owned(),
         Some((end, _)) => format!("{}… ({} bytes)", &text[..end], text.len()),
     }
+}
+
+/// Text whose control characters other than line feeds are escaped as JSON does: none of them reaches a terminal.
+#[must_use]
+pub(crate) fn printable(text: &str) -> Cow<'_, str> {
+    let is_hostile = |c: char| c.is_control() && c != '\n';
+    if !text.contains(is_hostile) {
+        return Cow::Borrowed(text);
+    }
+    let escape = |c: char| if is_hostile(c) { format!("\\u{:04x}", u32::from(c)) } else { c.to_string() };
+    Cow::Owned(text.chars().map(escape).collect())
 }
 
 #[cfg(test)]

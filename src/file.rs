@@ -1,6 +1,6 @@
 //! Files by position: reads and writes that share one handle between threads, and durable renames.
 
-use std::fs::{File, Metadata};
+use std::fs::{File, Metadata, TryLockError};
 use std::io;
 use std::path::Path;
 
@@ -103,6 +103,49 @@ pub fn publish(file: &File, temporary: &Path, path: &Path) -> Result<()> {
     file.sync_data().map_err(|source| Error::io(temporary, source))?;
     std::fs::rename(temporary, path).map_err(|source| Error::io(path, source))
 }
+
+/// Keeps other processes, and other threads of this one, out of a folder while it lives.
+#[derive(Debug)]
+pub struct FolderLock {
+    _file: File,
+    #[cfg(not(unix))]
+    path: std::path::PathBuf,
+}
+
+/// Locks a folder; None when somebody else has it.
+///
+/// Filesystems without locks (some network ones) are taken as unlocked: the check is then the user's.
+pub fn lock_folder(folder: &Path) -> Result<Option<FolderLock>> {
+    // Windows cannot lock a folder's handle: a file in it takes its place.
+    #[cfg(unix)]
+    let path = folder.to_path_buf();
+    #[cfg(unix)]
+    let opened = File::open(&path);
+    #[cfg(not(unix))]
+    let path = folder.join(LOCK_NAME);
+    #[cfg(not(unix))]
+    let opened = File::options().create(true).append(true).open(&path);
+    let file = opened.map_err(|source| Error::io(&path, source))?;
+    match file.try_lock() {
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(Some(FolderLock {
+            _file: file,
+            #[cfg(not(unix))]
+            path,
+        })),
+    }
+}
+
+#[cfg(not(unix))]
+impl Drop for FolderLock {
+    fn drop(&mut self) {
+        // Nothing to do about a failure: the next conversion takes the file over.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Name of the file that stands for a folder's lock where folders cannot be locked.
+pub const LOCK_NAME: &str = "journal.jsonl.lock";
 
 /// Reads a whole file whose size may not exceed `limit` bytes.
 pub fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {

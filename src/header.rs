@@ -11,8 +11,8 @@ use std::path::Path;
 use safetensors::Dtype;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
-use xxhash_rust::xxh3::xxh3_128;
 
+use crate::checksum::Checksum;
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::file;
@@ -38,7 +38,7 @@ pub struct Header {
     /// Tensors in the order of their data.
     pub tensors: Vec<TensorEntry>,
     /// Hash of the length field and the header.
-    pub xxh3_128: u128,
+    pub checksum: Checksum,
 }
 
 /// One tensor of one file.
@@ -79,7 +79,7 @@ pub fn read(path: &Path, file: &File, file_bytes: u64) -> Result<Header> {
     for tensor in &mut tensors {
         tensor.offset += bytes.len() as u64;
     }
-    Ok(Header { metadata, tensors, xxh3_128: xxh3_128(&bytes) })
+    Ok(Header { metadata, tensors, checksum: Checksum::of(&bytes) })
 }
 
 /// Parses and validates header text for `data_bytes` bytes of data; offsets count from the beginning of the data.

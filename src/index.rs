@@ -9,6 +9,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::header::MAX_HEADER_BYTES;
+use crate::manifest::is_json_object;
 use crate::ordered_map::OrderedMap;
 
 const INDEX_SUFFIX: &str = ".safetensors.index.json";
@@ -36,9 +37,13 @@ pub fn find(folder: &Path, names: &[String]) -> Result<Option<PathBuf>> {
 /// Reads and checks an index: every entry is the bare name of a file beside it.
 pub fn read(path: &Path) -> Result<Index> {
     let bytes = file::read_bounded(path, MAX_HEADER_BYTES)?;
-    let index: Index = serde_json::from_slice(&bytes).map_err(|fault| {
-        Error::file(path, fault, "an index with a weight_map of tensor names to file names, each name once")
-    })?;
+    let expected = "an index with a weight_map of tensor names to file names, each name once";
+    if !is_json_object(&bytes) {
+        let found = serde_json::from_slice::<serde::de::IgnoredAny>(&bytes)
+            .map_or_else(|fault| fault.to_string(), |_| "another JSON value, such as a sequence".into());
+        return Err(Error::file(path, found, expected));
+    }
+    let index: Index = serde_json::from_slice(&bytes).map_err(|fault| Error::file(path, fault, expected))?;
     for (tensor, file) in &index.weight_map.0 {
         let is_bare = !file.is_empty() && file != "." && file != ".." && !file.contains(['/', '\\', ':', '\0']);
         if !is_bare {
@@ -58,6 +63,21 @@ impl Index {
     pub fn files(&self, folder: &Path) -> Vec<(String, PathBuf)> {
         let names: BTreeSet<&String> = self.weight_map.0.iter().map(|(_, file)| file).collect();
         names.into_iter().map(|name| (name.clone(), folder.join(name))).collect()
+    }
+
+    /// Makes sure that the files that the index names exist.
+    pub fn check_files(&self, path: &Path, files: &[(String, PathBuf)]) -> Result<()> {
+        for (name, file) in files {
+            if let Err(fault) = std::fs::metadata(file) {
+                let tensor = self.weight_map.0.iter().find(|(_, home)| home == name).map_or("", |(tensor, _)| tensor);
+                if fault.kind() != std::io::ErrorKind::NotFound {
+                    return Err(Error::io(file, fault));
+                }
+                let found = format_args!("weight_map entry {name:?}, which does not exist");
+                return Err(Error::tensor(path, tensor, found, "the name of a file beside the index"));
+            }
+        }
+        Ok(())
     }
 
     /// Makes sure that each tensor stands in the file that the index names.

@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::cast::{OnOverflow, Target};
 use crate::checkpoint::Checkpoint;
 use crate::dtype;
-use crate::error::Result;
+use crate::error::{Result, printable};
 use crate::mxfp4::{self, Candidate, E2M1};
 use crate::ordered_map::OrderedMap;
 use crate::plan::{Piece, PlannedTensor, Transform};
@@ -180,26 +180,26 @@ struct StatsJob<'a> {
 }
 
 impl<'a> Job for StatsJob<'a> {
-    type Scratch = (Producer<'a>, Vec<u8>, Moments);
+    type Scratch = (Producer<'a>, Moments);
     type State = Moments;
 
     fn scratch(&self) -> Self::Scratch {
-        (Producer::new(self.checkpoint, OnOverflow::Warn), Vec::new(), Moments::default())
+        (Producer::new(self.checkpoint, OnOverflow::Warn), Moments::default())
     }
 
     fn begin(&self, _: usize) -> Moments {
         Moments::default()
     }
 
-    fn process(&self, chunk: &Chunk, (producer, out, moments): &mut Self::Scratch) -> Result<()> {
+    fn process(&self, chunk: &Chunk, (producer, moments): &mut Self::Scratch) -> Result<()> {
         let tensor = &self.tensors[chunk.item];
-        producer.produce(tensor, &chunk.units, out)?;
-        *moments = moments_of(tensor.dtype, out);
-        self.progress.add_bytes(out.len() as u64);
+        producer.produce(tensor, &chunk.units)?;
+        *moments = moments_of(tensor.dtype, producer.output());
+        self.progress.add_bytes(producer.output().len() as u64);
         Ok(())
     }
 
-    fn commit(&self, _: &Chunk, (_, _, moments): &mut Self::Scratch, state: &mut Moments) -> Result<()> {
+    fn commit(&self, _: &Chunk, (_, moments): &mut Self::Scratch, state: &mut Moments) -> Result<()> {
         state.merge(moments);
         Ok(())
     }
@@ -276,7 +276,8 @@ impl Moments {
         let total = self.count + other.count;
         let (of_self, of_other) = (self.count as f64, other.count as f64);
         let delta = other.mean - self.mean;
-        self.mean += delta * (of_other / total as f64);
+        // Weighted rather than moved by delta, which can overflow for large doubles.
+        self.mean = self.mean * (of_self / total as f64) + other.mean * (of_other / total as f64);
         self.squares += other.squares + delta * delta * (of_self * of_other / total as f64);
         self.count = total;
         self.min = self.min.min(other.min);
@@ -384,11 +385,11 @@ impl Inspection {
                 files => files.concat(),
             };
             let mut row = vec![
-                printable(&tensor.name),
+                one_line(&tensor.name),
                 tensor.dtype.to_owned(),
                 format!("{:?}", tensor.shape),
                 human_bytes(tensor.nbytes),
-                printable(&file),
+                one_line(&file),
                 tensor.mxfp4.unwrap_or("").to_owned(),
             ];
             if let Some(stats) = &tensor.stats {
@@ -426,9 +427,9 @@ impl Inspection {
     }
 }
 
-/// A name without characters that would move a terminal's cursor.
-fn printable(name: &str) -> String {
-    if name.chars().any(char::is_control) { name.escape_debug().to_string() } else { name.to_owned() }
+/// A name that stays in its line and moves no cursor.
+pub(crate) fn one_line(name: &str) -> String {
+    printable(name).replace('\n', "\\u000a")
 }
 
 /// Bytes in decimal units, as `shard_size` and `max_memory` count them.

@@ -4,16 +4,16 @@
 //! in it is trusted: on resume every listed tensor is re-read against its hash.
 
 use std::collections::HashMap;
-use std::fs::{File, TryLockError};
+use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Checkpoint, Fingerprint};
+use crate::checksum::{Checksum, TensorChecksums};
 use crate::error::{Error, Result};
 use crate::file;
-use crate::manifest::hex128;
 use crate::plan::Options;
 
 /// Name of the journal in an unfinished tree.
@@ -31,8 +31,8 @@ pub struct Header {
     source: Vec<Fingerprint>,
     modified_ns: Vec<u128>,
     options: Options,
-    /// Files beside the tensors that the conversion will write.
-    pub side_files: Vec<String>,
+    /// Files that the conversion will write.
+    pub files: Vec<String>,
     /// Files of an earlier tree that the conversion replaces.
     pub replaces: Vec<String>,
 }
@@ -44,8 +44,9 @@ pub struct Entry {
     /// Its name.
     pub tensor: String,
     /// Hash of its data.
-    #[serde(with = "hex128")]
-    pub xxh3_128: u128,
+    pub xxh3_128: Checksum,
+    /// Hash of its data in each file.
+    pub part_xxh3_128: Vec<Checksum>,
     /// Finite source values beyond the dtype's range.
     pub overflow: u64,
     /// Source values that became zero and were not.
@@ -55,7 +56,15 @@ pub struct Entry {
 /// A journal that was found: its header, and the tensors it lists as whole.
 pub type Begun = (Journal, Header, HashMap<String, Entry>);
 
-/// An open journal, locked against a second conversion into the same folder.
+impl Entry {
+    /// The checksums of the tensor.
+    #[must_use]
+    pub fn checksums(&self) -> TensorChecksums {
+        TensorChecksums { whole: self.xxh3_128, parts: self.part_xxh3_128.clone() }
+    }
+}
+
+/// An open journal. Whoever holds one holds the lock of its folder.
 #[derive(Debug)]
 pub struct Journal {
     path: PathBuf,
@@ -65,15 +74,15 @@ pub struct Journal {
 impl Header {
     /// The first line for a conversion of `checkpoint`.
     #[must_use]
-    pub fn new(checkpoint: &Checkpoint, options: &Options, side_files: Vec<String>, replaces: Vec<String>) -> Self {
+    pub fn new(checkpoint: &Checkpoint, options: &Options, files: Vec<String>) -> Self {
         Self {
             journal_version: JOURNAL_VERSION,
             tensorport_version: env!("CARGO_PKG_VERSION").into(),
             source: checkpoint.fingerprints().to_vec(),
             modified_ns: checkpoint.files().iter().map(|file| file.modified_ns).collect(),
             options: options.clone(),
-            side_files,
-            replaces,
+            files,
+            replaces: Vec::new(),
         }
     }
 
@@ -101,7 +110,6 @@ impl Journal {
         let temporary = file::temporary_path(&path);
         let file = File::create(&temporary).map_err(|fault| Error::io(&temporary, fault))?;
         let journal = Self { path: path.clone(), file };
-        journal.lock()?;
         journal.append(header)?;
         file::publish(&journal.file, &temporary, &path)?;
         file::sync_folder(folder)?;
@@ -121,7 +129,6 @@ impl Journal {
         let mut bytes = Vec::new();
         file.rewind().and_then(|()| file.read_to_end(&mut bytes)).map_err(|fault| Error::io(&path, fault))?;
         let journal = Self { path, file };
-        journal.lock()?;
         let mut lines = bytes.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"));
         let first = lines.next().unwrap_or_default();
         let header: Header = serde_json::from_slice(first).map_err(|fault| {
@@ -154,16 +161,5 @@ impl Journal {
     /// Removes the journal: the conversion is finished.
     pub fn remove(self) -> Result<()> {
         std::fs::remove_file(&self.path).map_err(|fault| Error::io(&self.path, fault))
-    }
-
-    fn lock(&self) -> Result<()> {
-        match self.file.try_lock() {
-            Err(TryLockError::WouldBlock) => {
-                let found = "another conversion that is writing here now";
-                Err(Error::output(&self.path, found, "one conversion at a time into a folder"))
-            }
-            // Some network filesystems have no locks; the check is then the user's.
-            Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
-        }
     }
 }

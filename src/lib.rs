@@ -12,6 +12,7 @@
 
 pub mod cast;
 pub mod checkpoint;
+pub mod checksum;
 pub mod cli;
 pub mod convert;
 pub mod dtype;

@@ -4,9 +4,9 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::xxh3_128;
 
 use crate::checkpoint::Fingerprint;
+use crate::checksum::Checksum;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::ordered_map::OrderedMap;
@@ -95,8 +95,7 @@ pub struct SideFileInfo {
     /// Its size.
     pub nbytes: u64,
     /// Its hash.
-    #[serde(with = "hex128")]
-    pub xxh3_128: u128,
+    pub xxh3_128: Checksum,
     /// Where it comes from.
     pub origin: SideFileOrigin,
 }
@@ -120,8 +119,9 @@ pub struct TensorInfo {
     /// Bytes of its data.
     pub nbytes: u64,
     /// Hash of its data, all parts in order.
-    #[serde(with = "hex128")]
-    pub xxh3_128: u128,
+    pub xxh3_128: Checksum,
+    /// Hash of its data in each file.
+    pub part_xxh3_128: Vec<Checksum>,
     /// Finite source values beyond the dtype's range.
     pub overflow: u64,
     /// Source values that became zero and were not.
@@ -149,7 +149,7 @@ impl Manifest {
         field("shards", &one_entry_a_line(&self.shards));
         field("side_files", &one_entry_a_line(&self.side_files));
         field("tensors", &one_entry_a_line(&self.tensors));
-        let hash = xxh3_128(text.as_bytes());
+        let hash = Checksum::of(text.as_bytes());
         writeln!(text, "{}\n}}", self_hash_line(hash)).expect("writing to a String cannot fail");
         text
     }
@@ -170,6 +170,9 @@ impl Manifest {
         }
         let expected = "the manifest of a tree that tensorport wrote";
         let fault = |fault: serde_json::Error| Error::file(path, fault, expected);
+        if !is_json_object(bytes) {
+            return Err(Error::file(path, "no JSON object", expected));
+        }
         let Version { format, format_version } = serde_json::from_slice(bytes).map_err(fault)?;
         if format_version != FORMAT_VERSION {
             let found = format_args!("format {format:?}, format_version {format_version}");
@@ -186,7 +189,7 @@ impl Manifest {
             return false;
         };
         let (covered, line) = bytes.split_at(start);
-        line == format!("{}\n}}\n", self_hash_line(xxh3_128(covered))).as_bytes()
+        line == format!("{}\n}}\n", self_hash_line(Checksum::of(covered))).as_bytes()
     }
 }
 
@@ -200,7 +203,12 @@ pub fn is_ours(bytes: &[u8]) -> bool {
         #[expect(dead_code, reason = "its presence is the mark")]
         format_version: serde::de::IgnoredAny,
     }
-    serde_json::from_slice::<Marks>(bytes).is_ok()
+    is_json_object(bytes) && serde_json::from_slice::<Marks>(bytes).is_ok()
+}
+
+/// Whether JSON text begins as an object: serde's derived structs would also take an array of their fields.
+pub(crate) fn is_json_object(bytes: &[u8]) -> bool {
+    bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{')
 }
 
 /// The file of a tree that `relative` names, if that is a plain path below `root`.
@@ -210,8 +218,8 @@ pub fn tree_path(root: &Path, relative: &str) -> Option<PathBuf> {
     relative.split('/').all(is_plain).then(|| root.join(relative))
 }
 
-fn self_hash_line(hash: u128) -> String {
-    format!("  \"{SELF_HASH_KEY}\": \"{hash:032x}\"")
+fn self_hash_line(hash: Checksum) -> String {
+    format!("  \"{SELF_HASH_KEY}\": \"{hash}\"")
 }
 
 fn json_text<T: Serialize + ?Sized>(value: &T) -> String {
@@ -222,24 +230,4 @@ fn one_entry_a_line<V: Serialize>(map: &OrderedMap<V>) -> String {
     let entries: Vec<_> =
         map.0.iter().map(|(key, value)| format!("\n    {}: {}", json_text(key), json_text(value))).collect();
     format!("{{{}\n  }}", entries.join(","))
-}
-
-/// 128-bit hashes as 32 hexadecimal digits.
-pub mod hex128 {
-    use serde::{Deserialize, Deserializer, Serializer};
-
-    /// Writes 32 lower-case digits.
-    pub fn serialize<S: Serializer>(hash: &u128, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&format_args!("{hash:032x}"))
-    }
-
-    /// Reads exactly 32 lower-case digits.
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u128, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        let digits = text.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'));
-        u128::from_str_radix(&text, 16)
-            .ok()
-            .filter(|_| digits && text.len() == 32)
-            .ok_or_else(|| serde::de::Error::custom(format_args!("{text:?}, not 32 hexadecimal digits")))
-    }
 }

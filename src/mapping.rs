@@ -1,6 +1,7 @@
 //! One memory-mapped file; sole owner of the mapping.
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
@@ -8,7 +9,6 @@ use std::sync::Arc;
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
-use crate::file;
 
 /// A read-only mapping of a whole file, shared by every view into it.
 ///
@@ -20,16 +20,11 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// Maps `path`, which must still have the `nbytes` it had when it was validated.
-    pub fn open(path: &Path, nbytes: u64) -> Result<Arc<Self>> {
-        let (file, metadata) = file::open_regular(path)?;
-        if metadata.len() != nbytes {
-            let found = format_args!("{} bytes", metadata.len());
-            return Err(Error::file(path, found, format_args!("{nbytes} bytes, as when it was opened")));
-        }
+    /// Maps an open file; `path` is its name for messages.
+    pub fn new(path: &Path, file: &File) -> Result<Arc<Self>> {
         // SAFETY: the mapping is read-only and private to this type. That nobody truncates or edits the file while it
         // lives is the documented duty of the caller, as with every mapped checkpoint; u8 has no invalid values.
-        let map = unsafe { Mmap::map(&file) }.map_err(|source| Error::io(path, source))?;
+        let map = unsafe { Mmap::map(file) }.map_err(|source| Error::io(path, source))?;
         Ok(Arc::new(Self { map }))
     }
 

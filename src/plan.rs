@@ -11,6 +11,7 @@ use crate::cast::{self, OnOverflow, Target};
 use crate::checkpoint::TensorSpec;
 use crate::dtype;
 use crate::error::{Error, Result};
+use crate::header;
 use crate::mxfp4::{self, BLOCK_BYTES, Candidate, MX_BLOCK_SIZE, Pair};
 use crate::names;
 use crate::output::npy;
@@ -237,14 +238,14 @@ pub fn plan<'a>(
         .collect();
     let pairing = mxfp4::pair(&candidates);
     let planned = match options.mxfp4 {
-        Mxfp4Mode::Keep => plain_tensors(tensors, options, &selection, &HashSet::new()),
+        Mxfp4Mode::Keep => plain_tensors(&candidates, options, &selection, &HashSet::new())?,
         Mxfp4Mode::Dequantize => {
             let misfit = pairing.misfits.into_iter().find(|(index, _)| selection.takes(&tensors[*index].name));
             if let Some((_, misfit)) = misfit {
                 return Err(misfit);
             }
             let halves = pairing.pairs.iter().flat_map(|pair| [pair.blocks, pair.scales]).collect();
-            let mut planned = plain_tensors(tensors, options, &selection, &halves);
+            let mut planned = plain_tensors(&candidates, options, &selection, &halves)?;
             for pair in pairing.pairs.iter().filter(|pair| selection.takes(&pair.name)) {
                 planned.push((pair.blocks, dequantized(pair, &candidates, options)?));
             }
@@ -279,14 +280,14 @@ pub fn plan<'a>(
 
 /// The selected tensors outside `halves`, copied or cast, each with its position in the source.
 fn plain_tensors(
-    tensors: &[TensorSpec],
+    tensors: &[Candidate<'_>],
     options: &Options,
     selection: &Selection,
     halves: &HashSet<usize>,
-) -> Vec<(usize, PlannedTensor)> {
+) -> Result<Vec<(usize, PlannedTensor)>> {
     let mut planned = Vec::new();
     for (index, tensor) in tensors.iter().enumerate() {
-        if halves.contains(&index) || !selection.takes(&tensor.name) {
+        if halves.contains(&index) || !selection.takes(tensor.name) {
             continue;
         }
         let (dtype, transform) = match options.precision.target() {
@@ -295,22 +296,22 @@ fn plain_tensors(
             }
             _ => (tensor.dtype, Transform::Copy),
         };
-        let units = tensor.nbytes / transform.source_unit_bytes()[0];
         planned.push((
             index,
             PlannedTensor {
-                name: tensor.name.clone(),
+                name: tensor.name.to_owned(),
                 dtype,
                 source_dtype: dtype::name(tensor.dtype),
-                shape: tensor.shape.clone(),
-                nbytes: units * transform.output_unit_bytes(),
+                shape: tensor.shape.to_vec(),
+                // Checked anew: a wider dtype can exceed what NumPy holds.
+                nbytes: header::tensor_nbytes(tensor.path, tensor.name, dtype, tensor.shape)?,
                 transform,
                 sources: vec![index],
                 pieces: Vec::new(),
             },
         ));
     }
-    planned
+    Ok(planned)
 }
 
 /// One decoded MXFP4 pair. `source` precision means bfloat16, which holds every finite MXFP4 value up to scale 252.
@@ -318,7 +319,7 @@ fn dequantized(pair: &Pair, candidates: &[Candidate<'_>], options: &Options) -> 
     let to = options.precision.target().unwrap_or(Target::Bf16);
     let transform = Transform::Dequantize { to };
     let path = candidates[pair.blocks].path;
-    let nbytes = crate::header::tensor_nbytes(path, &pair.name, to.dtype(), &pair.shape)?;
+    let nbytes = header::tensor_nbytes(path, &pair.name, to.dtype(), &pair.shape)?;
     Ok(PlannedTensor {
         name: pair.name.clone(),
         dtype: to.dtype(),

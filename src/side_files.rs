@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
-use xxhash_rust::xxh3::xxh3_128;
 
 use crate::checkpoint::{Checkpoint, Kind};
+use crate::checksum::Checksum;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::journal::JOURNAL_NAME;
@@ -86,7 +86,7 @@ impl SideFile {
             }
         };
         file::write_atomically(&folder.join(&self.name), bytes)?;
-        Ok(SideFileInfo { nbytes: bytes.len() as u64, xxh3_128: xxh3_128(bytes), origin: self.origin })
+        Ok(SideFileInfo { nbytes: bytes.len() as u64, xxh3_128: Checksum::of(bytes), origin: self.origin })
     }
 }
 

@@ -19,6 +19,7 @@ use crate::ordered_map::OrderedMap;
 use crate::plan::PlannedFile;
 use crate::progress::{Observer, Phase, Progress};
 use crate::sink::Sinks;
+use crate::transform;
 use crate::work::{self, Chunk, Job, Resources};
 
 /// One tensor to be written.
@@ -203,9 +204,11 @@ impl Job for FillJob<'_> {
         };
         let start = chunk.units.start * UNIT_BYTES;
         let end = (chunk.units.end * UNIT_BYTES).min(tensor.nbytes);
-        scratch.out.resize(usize::try_from(end - start).expect("no more than a worker's buffer"), 0);
-        fill(&table, tensor.key, tensor.skip_elems, start, &mut scratch.out);
-        self.sinks.write(tensor.file, &scratch.out, tensor.offset + start)?;
+        let nbytes = usize::try_from(end - start).expect("no more than a worker's buffer");
+        transform::grow(&mut scratch.out, nbytes);
+        let out = &mut scratch.out[..nbytes];
+        fill(&table, tensor.key, tensor.skip_elems, start, out);
+        self.sinks.write(tensor.file, out, tensor.offset + start)?;
         self.progress.add_bytes(end - start);
         Ok(())
     }
@@ -287,9 +290,11 @@ fn table_for(tensor: &PlacedTensor) -> Table {
     }
 }
 
+/// The code nearest to a value; what rounds to zero keeps its sign, as in a quantizer.
 fn nearest_code(value: f64) -> u8 {
     let distance = |code: u8| (f64::from(E2M1[usize::from(code)]) - value).abs();
-    (0..16).min_by(|&a, &b| distance(a).total_cmp(&distance(b))).expect("sixteen codes")
+    let codes = if value < 0.0 { 8..16 } else { 0..8 };
+    codes.min_by(|&a, &b| distance(a).total_cmp(&distance(b))).expect("eight codes")
 }
 
 /// The 65536 quantiles of the standard normal distribution at (i + 1/2) / 65536.

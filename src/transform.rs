@@ -11,6 +11,8 @@ use crate::mxfp4::DecodeTable;
 use crate::plan::{PlannedTensor, Transform};
 
 /// Makes the bytes of planned tensors; one per worker.
+///
+/// Output and inputs share one buffer, so that a worker never holds more than the largest chunk needs.
 #[derive(Debug)]
 pub struct Producer<'a> {
     checkpoint: &'a Checkpoint,
@@ -18,45 +20,72 @@ pub struct Producer<'a> {
     decode_table: Option<(Target, DecodeTable)>,
     /// The file read last from each of a transform's sources.
     handles: [Option<(usize, File)>; 2],
-    inputs: [Vec<u8>; 2],
+    buffer: Vec<u8>,
+    output_bytes: usize,
 }
 
 impl<'a> Producer<'a> {
     /// A producer that reads `checkpoint`.
     #[must_use]
     pub fn new(checkpoint: &'a Checkpoint, on_overflow: OnOverflow) -> Self {
-        Self { checkpoint, on_overflow, decode_table: None, handles: [None, None], inputs: [Vec::new(), Vec::new()] }
+        Self { checkpoint, on_overflow, decode_table: None, handles: [None, None], buffer: Vec::new(), output_bytes: 0 }
     }
 
-    /// Fills `out` with the output bytes of some units of a tensor.
-    pub fn produce(&mut self, tensor: &PlannedTensor, units: &Range<u64>, out: &mut Vec<u8>) -> Result<Counts> {
-        resize(out, (units.end - units.start) * tensor.transform.output_unit_bytes());
+    /// The bytes made last.
+    #[must_use]
+    pub fn output(&self) -> &[u8] {
+        &self.buffer[..self.output_bytes]
+    }
+
+    /// Makes the output bytes of some units of a tensor.
+    pub fn produce(&mut self, tensor: &PlannedTensor, units: &Range<u64>) -> Result<Counts> {
+        let count = units.end - units.start;
+        let transform = tensor.transform;
+        let output_bytes = buffer_bytes(count * transform.output_unit_bytes());
+        let input_unit_bytes = if transform == Transform::Copy { &[] } else { transform.source_unit_bytes() };
+        let input_bytes = input_unit_bytes.iter().map(|unit_bytes| buffer_bytes(count * unit_bytes));
+        let mut buffer = std::mem::take(&mut self.buffer);
+        grow(&mut buffer, output_bytes + input_bytes.sum::<usize>());
+        let result = self.fill(tensor, units, &mut buffer, output_bytes);
+        (self.buffer, self.output_bytes) = (buffer, output_bytes);
+        result
+    }
+
+    fn fill(
+        &mut self,
+        tensor: &PlannedTensor,
+        units: &Range<u64>,
+        buffer: &mut [u8],
+        output_bytes: usize,
+    ) -> Result<Counts> {
         let specs = self.checkpoint.tensors();
-        if tensor.transform == Transform::Copy {
-            self.read(&specs[tensor.sources[0]], 0, units.start, out)?;
-            return Ok(Counts::default());
-        }
-        for (slot, (&source, unit_bytes)) in tensor.sources.iter().zip(tensor.transform.source_unit_bytes()).enumerate()
-        {
-            let mut input = std::mem::take(&mut self.inputs[slot]);
-            resize(&mut input, (units.end - units.start) * unit_bytes);
-            let read = self.read(&specs[source], slot, units.start * unit_bytes, &mut input);
-            self.inputs[slot] = input;
-            read?;
-        }
-        Ok(match tensor.transform {
-            Transform::Copy => unreachable!("returned above"),
-            Transform::Cast { from, to } => cast::cast(from, to, &self.inputs[0], out, self.on_overflow),
+        let (out, inputs) = buffer.split_at_mut(output_bytes);
+        let unit_bytes = tensor.transform.source_unit_bytes();
+        let first_bytes = buffer_bytes((units.end - units.start) * unit_bytes[0]);
+        match tensor.transform {
+            Transform::Copy => {
+                self.read(&specs[tensor.sources[0]], 0, units.start, out)?;
+                Ok(Counts::default())
+            }
+            Transform::Cast { from, to } => {
+                let input = &mut inputs[..first_bytes];
+                self.read(&specs[tensor.sources[0]], 0, units.start * unit_bytes[0], input)?;
+                Ok(cast::cast(from, to, input, out, self.on_overflow))
+            }
             Transform::Dequantize { to } => {
+                let (blocks, rest) = inputs.split_at_mut(first_bytes);
+                let scales = &mut rest[..buffer_bytes((units.end - units.start) * unit_bytes[1])];
+                self.read(&specs[tensor.sources[0]], 0, units.start * unit_bytes[0], blocks)?;
+                self.read(&specs[tensor.sources[1]], 1, units.start * unit_bytes[1], scales)?;
                 let table = match self.decode_table.take() {
                     Some((target, table)) if target == to => table,
                     _ => DecodeTable::new(to, self.on_overflow),
                 };
-                let counts = table.decode(&self.inputs[0], &self.inputs[1], out);
+                let counts = table.decode(blocks, scales, out);
                 self.decode_table = Some((to, table));
-                counts
+                Ok(counts)
             }
-        })
+        }
     }
 
     /// Fills `out` from a tensor's data, across its parts.
@@ -84,9 +113,17 @@ impl<'a> Producer<'a> {
     }
 }
 
-/// Sets the length of a buffer that is about to be overwritten.
-fn resize(buffer: &mut Vec<u8>, nbytes: u64) {
-    buffer.resize(usize::try_from(nbytes).expect("no more than a worker's buffer"), 0);
+/// A size that [`chunk_units`] has bounded.
+fn buffer_bytes(nbytes: u64) -> usize {
+    usize::try_from(nbytes).expect("no more than a worker's buffer")
+}
+
+/// Makes a buffer at least this long, without the reserve that `Vec` would add.
+pub(crate) fn grow(buffer: &mut Vec<u8>, nbytes: usize) {
+    if buffer.len() < nbytes {
+        buffer.reserve_exact(nbytes - buffer.len());
+        buffer.resize(nbytes, 0);
+    }
 }
 
 /// Units per chunk, so that the inputs and the output of a chunk fit in a worker's memory.

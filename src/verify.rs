@@ -6,13 +6,14 @@ use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use serde::Serialize;
-use xxhash_rust::xxh3::{Xxh3, xxh3_128};
 
+use crate::cast::Counts;
 use crate::checkpoint::{self, Checkpoint};
+use crate::checksum::{Checksum, TensorChecksums, TensorHasher};
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::file;
@@ -82,6 +83,13 @@ impl fmt::Display for VerificationReport {
     }
 }
 
+impl VerificationReport {
+    fn fail(&mut self, failure: Failure) {
+        self.failures.push(failure);
+        self.ok = false;
+    }
+}
+
 /// Verifies the tree at `output`, and with `source` compares every value with it.
 ///
 /// What is wrong with the tree is in the report; a source that cannot be read is an error.
@@ -109,7 +117,7 @@ pub fn verify(
         Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
             return Ok(manifest_fault("missing: no converted tree, or an unfinished one".into()));
         }
-        Err(fault) => return Err(fault),
+        Err(fault) => return Ok(manifest_fault(read_fault(fault)?)),
     };
     let manifest = match Manifest::from_bytes(&path, &bytes) {
         Ok(manifest) => manifest,
@@ -118,12 +126,21 @@ pub fn verify(
         }
         Err(fault) => return Err(fault),
     };
-    let source = source.map(|source| Source::open(source, &manifest)).transpose()?;
+    let (source, options_fault) = match source.map(|source| Source::open(source, &manifest)).transpose() {
+        Ok(source) => (source, None),
+        // The arguments that do not hold are the manifest's.
+        Err(fault @ (Error::Argument { .. } | Error::Mapping { .. })) => (None, Some(format!("options: {fault}"))),
+        Err(fault) => return Err(fault),
+    };
     let mut report = check_tree(output, &manifest, source.as_ref(), worker_bytes, resources.workers, observer)?;
+    for stray in stray_files(output, &manifest)? {
+        report.fail(stray);
+    }
+    if let Some(what) = options_fault {
+        report.fail(in_manifest(None, what));
+    }
     if !Manifest::self_hash_holds(&bytes) {
-        let what = "its own hash does not hold: the manifest was edited or damaged".into();
-        report.failures.insert(0, Failure { file: MANIFEST_NAME.into(), tensor: None, what });
-        report.ok = false;
+        report.fail(in_manifest(None, "its own hash does not hold: the manifest was edited or damaged".into()));
     }
     report.seconds = started.elapsed().as_secs_f64();
     Ok(report)
@@ -155,23 +172,34 @@ pub(crate) fn check_tree(
 ) -> Result<VerificationReport> {
     let started = Instant::now();
     let mut failures = Vec::new();
-    let planned: HashMap<&str, &PlannedTensor> = source
-        .map(|source| source.plan.tensors.iter().map(|tensor| (tensor.name.as_str(), tensor)).collect())
-        .unwrap_or_default();
+    let planned: HashMap<&str, usize> = source
+        .map(|source| &source.plan.tensors)
+        .into_iter()
+        .flatten()
+        .enumerate()
+        .map(|(index, tensor)| (tensor.name.as_str(), index))
+        .collect();
     let mut checks = Vec::with_capacity(manifest.tensors.0.len());
     for (name, info) in &manifest.tensors.0 {
-        match tensor_check(root, name, info) {
-            Ok(mut check) => {
-                if source.is_some() {
-                    match compare_plan(info, planned.get(name.as_str())) {
-                        Ok(tensor) => check.planned = Some(tensor),
-                        Err(what) => failures.push(in_manifest(Some(name), what)),
-                    }
-                }
-                checks.push(check);
+        let mut check = match tensor_check(root, name, info) {
+            Ok(check) => check,
+            Err(failure) => {
+                failures.push(failure);
+                continue;
             }
-            Err(failure) => failures.push(failure),
+        };
+        match (source, planned.get(name.as_str())) {
+            (Some(source), Some(&index)) => {
+                let tensor = &source.plan.tensors[index];
+                match compare_plan(info, tensor, &source.plan) {
+                    Ok(()) => check.planned = Some(tensor),
+                    Err(what) => failures.push(in_manifest(Some(name), what)),
+                }
+            }
+            (Some(_), None) => failures.push(in_manifest(Some(name), "not in the source".into())),
+            (None, _) => {}
         }
+        checks.push(check);
     }
     if let Some(source) = source {
         let held: HashSet<&str> = manifest.tensors.0.iter().map(|(name, _)| name.as_str()).collect();
@@ -180,7 +208,7 @@ pub(crate) fn check_tree(
         }
     }
     check_totals(manifest, &mut failures);
-    check_shards(root, manifest, &mut failures)?;
+    check_shards(manifest, &mut failures);
     check_side_files(root, manifest, &mut failures)?;
     let (tensors, nbytes) = (checks.len() as u64, checks.iter().map(CheckTensor::nbytes).sum());
     failures.extend(check_tensors(Phase::Verify, root, &checks, source, worker_bytes, workers, observer)?);
@@ -221,21 +249,28 @@ fn tensor_check<'a>(root: &Path, name: &'a str, info: &'a TensorInfo) -> Result<
         files.push(CheckFile { path, header, nbytes: offset + nbytes, offset, data: start..start + nbytes });
         start += nbytes;
     }
-    Ok(CheckTensor { name, files, xxh3_128: info.xxh3_128, planned: None })
+    let checksums = TensorChecksums { whole: info.xxh3_128, parts: info.part_xxh3_128.clone() };
+    let counts = Some((info.overflow, info.underflow));
+    Ok(CheckTensor { name, files, checksums, counts, planned: None })
 }
 
 /// Whether the manifest describes a tensor as the plan from the source does.
-fn compare_plan<'a>(info: &TensorInfo, planned: Option<&&'a PlannedTensor>) -> Result<&'a PlannedTensor, String> {
-    let &tensor = planned.ok_or_else(|| "not in the source".to_owned())?;
+fn compare_plan(info: &TensorInfo, tensor: &PlannedTensor, plan: &Plan) -> Result<(), String> {
     let of_source = (dtype::name(tensor.dtype), &tensor.shape, tensor.source_dtype);
     let of_manifest = (info.dtype.as_str(), &info.shape, info.source_dtype.as_str());
     if of_source != of_manifest {
         return Err(format!("found {of_manifest:?}, expected {of_source:?} (dtype, shape, source_dtype)"));
     }
-    if info.part_nbytes.iter().any(|bytes| bytes % tensor.transform.output_unit_bytes() != 0) {
-        return Err(format!("part_nbytes {:?} cut through elements", info.part_nbytes));
+    let unit_bytes = tensor.transform.output_unit_bytes();
+    let of_source = tensor.pieces.iter().map(|piece| {
+        (plan.files[piece.file].path.as_str(), piece.offset, (piece.units.end - piece.units.start) * unit_bytes)
+    });
+    let of_manifest = info.files.iter().zip(&info.offsets).zip(&info.part_nbytes);
+    let of_manifest = of_manifest.map(|((file, &offset), &nbytes)| (file.as_str(), offset, nbytes));
+    if !of_source.eq(of_manifest) {
+        return Err("its files are not those that its options make".into());
     }
-    Ok(tensor)
+    Ok(())
 }
 
 fn check_totals(manifest: &Manifest, failures: &mut Vec<Failure>) {
@@ -261,8 +296,8 @@ fn check_totals(manifest: &Manifest, failures: &mut Vec<Failure>) {
     }
 }
 
-/// Compares the shards of the manifest with its tensors, and with the folders.
-fn check_shards(root: &Path, manifest: &Manifest, failures: &mut Vec<Failure>) -> Result<()> {
+/// Compares the shards of the manifest with its tensors.
+fn check_shards(manifest: &Manifest, failures: &mut Vec<Failure>) {
     let mut shards: BTreeMap<&str, ShardInfo> = BTreeMap::new();
     let mut listed = HashSet::new();
     for (name, info) in &manifest.tensors.0 {
@@ -282,19 +317,29 @@ fn check_shards(root: &Path, manifest: &Manifest, failures: &mut Vec<Failure>) -
     if told != shards {
         failures.push(in_manifest(None, "shards: they do not add up to the tensors".into()));
     }
-    let npy = Some(OsStr::new("npy"));
-    for shard in shards.keys() {
-        let Some(folder) = manifest::tree_path(root, shard) else { continue };
-        let Ok(entries) = std::fs::read_dir(&folder) else { continue };
-        for entry in entries {
-            let entry = entry.map_err(|fault| Error::io(&folder, fault))?;
-            let path = format!("{shard}/{}", entry.file_name().to_string_lossy());
-            if Path::new(&path).extension() == npy && !listed.contains(path.as_str()) {
-                failures.push(Failure { file: path, tensor: None, what: "not in the manifest".into() });
+}
+
+/// npy files in the tree, or in a folder that is named like a shard, that the manifest does not list.
+fn stray_files(root: &Path, manifest: &Manifest) -> Result<Vec<Failure>> {
+    let listed: HashSet<&str> =
+        manifest.tensors.0.iter().flat_map(|(_, info)| &info.files).map(String::as_str).collect();
+    let mut strays = Vec::new();
+    let mut folders = vec![String::new()];
+    while let Some(folder) = folders.pop() {
+        let path = root.join(&folder);
+        for entry in std::fs::read_dir(&path).map_err(|fault| Error::io(&path, fault))? {
+            let entry = entry.map_err(|fault| Error::io(&path, fault))?;
+            let name = format!("{folder}{}", entry.file_name().to_string_lossy());
+            let is_npy = Path::new(&name).extension() == Some(OsStr::new("npy"));
+            if is_npy && !listed.contains(name.as_str()) {
+                strays.push(Failure { file: name, tensor: None, what: "not in the manifest".into() });
+            } else if folder.is_empty() && name.starts_with("shard_") && entry.path().is_dir() {
+                folders.push(format!("{name}/"));
             }
         }
     }
-    Ok(())
+    strays.sort_by(|a, b| a.file.cmp(&b.file));
+    Ok(strays)
 }
 
 fn check_side_files(root: &Path, manifest: &Manifest, failures: &mut Vec<Failure>) -> Result<()> {
@@ -302,7 +347,7 @@ fn check_side_files(root: &Path, manifest: &Manifest, failures: &mut Vec<Failure
         let what = match manifest::tree_path(root, name) {
             None => Some("not a plain file name".into()),
             Some(path) => match file::read_bounded(&path, u64::from(u32::MAX)) {
-                Ok(bytes) if (bytes.len() as u64, xxh3_128(&bytes)) == (info.nbytes, info.xxh3_128) => None,
+                Ok(bytes) if (bytes.len() as u64, Checksum::of(&bytes)) == (info.nbytes, info.xxh3_128) => None,
                 Ok(bytes) if bytes.len() as u64 != info.nbytes => {
                     Some(format!("found {} bytes, expected {}", bytes.len(), info.nbytes))
                 }
@@ -331,8 +376,10 @@ pub(crate) struct CheckTensor<'a> {
     pub name: &'a str,
     /// Its files, in order.
     pub files: Vec<CheckFile<'a>>,
-    /// Hash of its data.
-    pub xxh3_128: u128,
+    /// Hashes of its data.
+    pub checksums: TensorChecksums,
+    /// Values that overflow and underflow, where they are to be compared with the source.
+    pub counts: Option<(u64, u64)>,
     /// How to make it from the source, when its values are to be compared.
     pub planned: Option<&'a PlannedTensor>,
 }
@@ -403,7 +450,8 @@ struct CheckScratch<'a> {
     /// The file read last: item, piece, handle.
     handle: Option<(usize, usize, File)>,
     written: Vec<u8>,
-    expected: Vec<u8>,
+    written_bytes: usize,
+    counts: Counts,
     /// What is wrong with the chunk at hand.
     fault: Option<Fault>,
 }
@@ -417,7 +465,8 @@ enum Fault {
 }
 
 struct CheckState {
-    hasher: Xxh3,
+    hasher: TensorHasher,
+    counts: Counts,
     broken: bool,
     differs: bool,
 }
@@ -431,25 +480,29 @@ impl<'a> Job for CheckJob<'a> {
             producer: self.source.map(|source| Producer::new(&source.checkpoint, source.on_overflow)),
             handle: None,
             written: Vec::new(),
-            expected: Vec::new(),
+            written_bytes: 0,
+            counts: Counts::default(),
             fault: None,
         }
     }
 
-    fn begin(&self, _: usize) -> CheckState {
-        CheckState { hasher: Xxh3::new(), broken: false, differs: false }
+    fn begin(&self, item: usize) -> CheckState {
+        let hasher = TensorHasher::new(self.tensors[item].files.len());
+        CheckState { hasher, counts: Counts::default(), broken: false, differs: false }
     }
 
     fn process(&self, chunk: &Chunk, scratch: &mut Self::Scratch) -> Result<()> {
         let tensor = &self.tensors[chunk.item];
         let unit_bytes = tensor.unit_bytes();
         let nbytes = (chunk.units.end - chunk.units.start) * unit_bytes;
-        scratch.written.resize(usize::try_from(nbytes).expect("no more than a worker's buffer"), 0);
+        scratch.written_bytes = usize::try_from(nbytes).expect("no more than a worker's buffer");
+        transform::grow(&mut scratch.written, scratch.written_bytes);
         let start = chunk.units.start * unit_bytes;
         scratch.fault = self.read(chunk, scratch, start).err().map(read_fault).transpose()?.map(Fault::File);
         if let (None, Some(planned), Some(producer)) = (&scratch.fault, tensor.planned, &mut scratch.producer) {
-            producer.produce(planned, &chunk.units, &mut scratch.expected)?;
-            scratch.fault = difference(planned, start, &scratch.written, &scratch.expected).map(Fault::Value);
+            scratch.counts = producer.produce(planned, &chunk.units)?;
+            let written = &scratch.written[..scratch.written_bytes];
+            scratch.fault = difference(planned, start, written, producer.output()).map(Fault::Value);
         }
         self.progress.add_bytes(nbytes);
         Ok(())
@@ -468,13 +521,29 @@ impl<'a> Job for CheckJob<'a> {
             }
             _ => {}
         }
-        state.hasher.update(&scratch.written);
+        state.hasher.update(&scratch.written[..scratch.written_bytes], chunk.ends_piece);
+        state.counts.merge(std::mem::take(&mut scratch.counts));
         Ok(())
     }
 
     fn finish(&self, item: usize, state: CheckState) -> Result<()> {
-        if !state.broken && state.hasher.digest128() != self.tensors[item].xxh3_128 {
-            self.fail(item, 0, "its checksum does not hold".into());
+        if state.broken {
+            return Ok(());
+        }
+        let tensor = &self.tensors[item];
+        let found = state.hasher.finish();
+        for (piece, (found, expected)) in found.parts.iter().zip(&tensor.checksums.parts).enumerate() {
+            if found != expected {
+                self.fail(item, piece, "its checksum does not hold".into());
+            }
+        }
+        if found.whole != tensor.checksums.whole && found.parts == tensor.checksums.parts {
+            self.failures().push((item, in_manifest(Some(tensor.name), "xxh3_128 is not that of the tensor".into())));
+        }
+        let counted = (state.counts.overflow, state.counts.underflow);
+        if tensor.planned.is_some() && tensor.counts.is_some_and(|told| told != counted) {
+            let what = format!("overflow and underflow: found {:?}, expected {counted:?}", tensor.counts);
+            self.failures().push((item, in_manifest(Some(tensor.name), what)));
         }
         Ok(())
     }
@@ -489,13 +558,22 @@ impl CheckJob<'_> {
             Some((item, piece, handle)) if (*item, *piece) == (chunk.item, chunk.piece) => handle,
             slot => &mut slot.insert((chunk.item, chunk.piece, open_checked(&path, file)?)).2,
         };
-        file::read_exact_at(&path, handle, &mut scratch.written, file.offset + (start - file.data.start))
+        file::read_exact_at(
+            &path,
+            handle,
+            &mut scratch.written[..scratch.written_bytes],
+            file.offset + (start - file.data.start),
+        )
     }
 
     fn fail(&self, item: usize, piece: usize, what: String) {
         let tensor = &self.tensors[item];
         let failure = Failure { file: tensor.files[piece].path.to_owned(), tensor: Some(tensor.name.to_owned()), what };
-        self.failures.lock().unwrap_or_else(PoisonError::into_inner).push((item, failure));
+        self.failures().push((item, failure));
+    }
+
+    fn failures(&self) -> MutexGuard<'_, Vec<(usize, Failure)>> {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

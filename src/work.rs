@@ -164,6 +164,11 @@ pub fn run<J: Job>(
             }
             running = lock(&shared.running);
         }
+        drop(running);
+        // The end is an event too, also of a job that was over before the first interval.
+        if lock(&shared.fault).is_none() && observer(&progress.event()) == ControlFlow::Break(()) {
+            shared.fail(Error::Cancelled);
+        }
     });
     match shared.fault.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(fault) => Err(fault),

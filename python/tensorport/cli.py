@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line on `argv` (default: sys.argv) and returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = _COMMANDS.get(arguments[0]) if arguments else None
-    sys.stdout.flush()
+    if sys.stdout is not None:  # closed before Python started
+        sys.stdout.flush()
     if command is None:
         return _core.run_cli(arguments)
     try:

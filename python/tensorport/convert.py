@@ -80,8 +80,8 @@ def convert(
         "precision": _choice("precision", precision, _PRECISIONS),
         "mxfp4": _choice("mxfp4", mxfp4, _MXFP4_MODES),
         "shard_size": float(shard_size),
-        "include": _globs(include),
-        "exclude": _globs(exclude),
+        "include": _globs("include", include),
+        "exclude": _globs("exclude", exclude),
         "on_overflow": _choice("on_overflow", on_overflow, _ON_OVERFLOW),
     }
     with observe(progress) as callback:
@@ -147,12 +147,15 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def _positive(name: str, value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name}: found {value}, expected a positive number")
+    if value is not None and not 1 <= value < 2**63:
+        raise ValueError(f"{name}: found {value}, expected a positive 64-bit number")
     return value
 
 
-def _globs(patterns: str | Sequence[str] | None) -> list[str] | None:
+def _globs(name: str, patterns: str | Sequence[str] | None) -> list[str] | None:
     if patterns is None:
         return None
-    return [patterns] if isinstance(patterns, str) else list(patterns)
+    globs = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not all(isinstance(glob, str) for glob in globs):
+        raise TypeError(f"{name}: found {globs!r}, expected a glob or a sequence of globs")
+    return globs

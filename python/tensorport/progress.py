@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tensorport.reports import printable
+
 __all__ = ["Progress", "ProgressEvent", "observe"]
 
 
@@ -62,7 +64,8 @@ class _Bar:
             self.close()
             self._phase = event.phase
             self._bar = tqdm(total=event.bytes_total, desc=event.phase, unit="B", unit_scale=True)
-        self._bar.set_postfix_str(event.tensor.split("\n")[0][-40:], refresh=False)
+        name = printable(event.tensor[-40:]).replace("\n", " ")
+        self._bar.set_postfix_str(name, refresh=False)
         self._bar.update(event.bytes_done - self._bar.n)
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ConversionReport", "VerificationFailure", "VerificationReport", "grouped", "human_bytes"]
+__all__ = ["ConversionReport", "VerificationFailure", "VerificationReport", "grouped", "human_bytes", "printable"]
 
 
 def human_bytes(nbytes: int) -> str:
@@ -23,6 +23,11 @@ def grouped(number: int) -> str:
     return f"{number:,}"
 
 
+def printable(text: str) -> str:
+    """The text without control characters that names in a file may carry to a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\u{ord(c):04x}" for c in text)
+
+
 class _Report:
     """Text, HTML and JSON from a list of labelled lines."""
 
@@ -30,7 +35,7 @@ class _Report:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        return "\n".join([type(self).__name__, *(f"  {label}: {text}" for label, text in self._lines())])
+        return printable("\n".join([type(self).__name__, *(f"  {label}: {text}" for label, text in self._lines())]))
 
     def _repr_html_(self) -> str:
         rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self._lines())
@@ -131,7 +136,8 @@ class VerificationFailure:
     what: str
 
     def __str__(self) -> str:
-        return f"{self.file}: tensor {self.tensor!r}: {self.what}" if self.tensor else f"{self.file}: {self.what}"
+        tensor = f": tensor {self.tensor!r}" if self.tensor is not None else ""
+        return printable(f"{self.file}{tensor}: {self.what}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, repr=False)

@@ -202,10 +202,13 @@ def _config(preset: str, overrides: dict[str, Any]) -> dict[str, Any]:
         config["num_experts_per_tok"] = overrides["experts_per_token"]
     config.update(overrides)
     config["experts_per_token"] = config["num_experts_per_tok"]
-    for field, kind in ((field, type(value)) for field, value in _GPT_OSS_20B.items()):
-        value = config[field]
-        if kind is int and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{field}: found {value!r}, expected a positive integer")
+    for field, default in _GPT_OSS_20B.items():
+        value, least = config[field], 0 if field.endswith("token_id") else 1
+        if type(default) is int and field != "rope_theta" and (type(value) is not int or value < least):
+            raise ValueError(f"{field}: found {value!r}, expected an integer of at least {least}")
+    missing = sorted(set(_GPT_OSS_20B["rope_scaling"]) - set(config["rope_scaling"]))
+    if missing:
+        raise ValueError(f"rope_scaling: found no {', '.join(missing)}, expected {_GPT_OSS_20B['rope_scaling']}")
     layers = config["num_hidden_layers"]
     config.setdefault("layer_types", ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)])
     config.setdefault(

@@ -19,7 +19,6 @@ use crate::cli::{self, Host};
 use crate::convert::Mode;
 use crate::dtype;
 use crate::error::{Error, Result};
-use crate::inspect;
 use crate::ordered_map::OrderedMap;
 use crate::plan::Options;
 use crate::progress::Event;
@@ -59,10 +58,6 @@ impl PyCheckpoint {
         let tensor = self.tensor(name)?;
         let views = py.detach(|| self.inner.view(tensor))?;
         views.into_iter().map(|view| array::mapped_array(py, view)).collect()
-    }
-
-    fn inspect(&self, py: Python<'_>) -> String {
-        py.detach(|| to_json(&inspect::inspect(&self.inner)))
     }
 
     #[getter]

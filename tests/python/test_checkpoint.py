@@ -116,6 +116,31 @@ def test_views_outlive_the_checkpoint_and_the_file(tmp_path: Path, write_safeten
     np.testing.assert_array_equal(view, expected[10_000:])
 
 
+def test_a_file_that_was_replaced_since_it_was_opened_is_not_read_as_if_it_were_the_old_one(
+    tmp_path: Path, write_safetensors: Write
+) -> None:
+    arrays = {"a": np.arange(5, dtype=np.int32), "b": np.arange(5, 12, dtype=np.int32)}
+    path = write_safetensors(tmp_path / "m.safetensors", arrays)
+    checkpoint = tensorport.open(path)
+    swapped = write_safetensors(tmp_path / "other", dict(reversed(arrays.items())))
+    assert swapped.stat().st_size == path.stat().st_size
+    os.utime(swapped, (1, 1))
+    swapped.replace(path)
+    with pytest.raises(tensorport.CheckpointError, match=r"m\.safetensors"):
+        checkpoint["a"]
+
+
+def test_a_relative_path_is_the_one_it_was_when_it_was_opened(
+    tmp_path: Path, write_safetensors: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_safetensors(tmp_path / "m.safetensors", {"a": np.arange(5)})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tensorport.open("m.safetensors")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    np.testing.assert_array_equal(checkpoint["a"], np.arange(5))
+
+
 def test_a_directory_without_index_is_all_its_top_level_files(tmp_path: Path, write_safetensors: Write) -> None:
     for number in range(130):
         write_safetensors(tmp_path / f"part{number}.safetensors", {f"t.{number}": np.full(number + 1, number)})

@@ -1,1 +1,13 @@
 //! Integration tests: one module per area.
+#![allow(clippy::unwrap_used, reason = "a panic is how a test fails, in its fixtures too")]
+
+mod cast;
+mod convert;
+mod fixtures;
+mod header;
+mod malformed;
+mod mxfp4;
+mod names;
+mod output_folder;
+mod plan;
+mod verify;
