@@ -399,6 +399,9 @@ def test_a_second_conversion_into_the_folder_is_refused_while_one_runs(
     child = start(source, output, VARIANTS["source"])
     wait_for(child, output, listed(5))
     child.send_signal(signal.SIGSTOP)
+    # The signal stops the last of the threads a little later.
+    _, status = os.waitpid(child.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
     try:
         modes: list[Options] = [{}, {"resume": True}, {"overwrite": True}]
         for mode in modes:
