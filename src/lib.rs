@@ -6,8 +6,8 @@
 //! | [`dtype`], [`cast`], [`mxfp4`] | dtypes, float casts with counts, the MXFP4 codec (pure) |
 //! | [`header`], [`index`], [`checkpoint`], [`mapping`] | untrusted files in, validated named tensors out |
 //! | [`plan`], [`names`], [`select`], [`output`] | what a conversion will write, and where (pure) |
-//! | [`convert`], [`transform`], [`work`], [`journal`], [`side_files`] | doing it: parallel, bounded, resumable |
-//! | [`manifest`], [`verify`] | what a converted tree says of itself, and whether that holds |
+//! | [`mod@convert`], [`transform`], [`work`], [`journal`], [`side_files`] | doing it: parallel, bounded, resumable |
+//! | [`manifest`], [`mod@verify`], [`checksum`] | what a converted tree says of itself, and whether that holds |
 //! | [`inspect`], [`synthetic`], [`cli`] | tables and statistics, random checkpoints, the command line |
 
 pub mod cast;

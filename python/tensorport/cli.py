@@ -101,7 +101,8 @@ def _demo(arguments: list[str]) -> int:
     array = jnp.load(file)
     print(f"   jnp.load({str(file)!r})\n   {array.dtype} {array.shape}, mean |w| = {float(abs(array).mean()):.4f}")
 
-    print(f"\nTo look around:\n  tensorport inspect {tree} --stats\n  cat {tree}/manifest.json\n  ls {tree}/shard_000")
+    program = sys.argv[0] if Path(sys.argv[0]).name == "tensorport" else "python -m tensorport"
+    print(f"\nTo look around:\n  {program} inspect {tree} --stats\n  cat {tree}/manifest.json\n  ls {tree}/shard_000")
     return 0 if verification.ok else 1
 
 
