@@ -34,16 +34,20 @@ pub fn find(folder: &Path, names: &[String]) -> Result<Option<PathBuf>> {
     }
 }
 
-/// Reads and checks an index: every entry is the bare name of a file beside it.
+/// Reads and checks an index.
 pub fn read(path: &Path) -> Result<Index> {
-    let bytes = file::read_bounded(path, MAX_HEADER_BYTES)?;
+    parse(path, &file::read_bounded(path, MAX_HEADER_BYTES)?)
+}
+
+/// Parses and checks the text of an index: every entry is the bare name of a file beside it.
+pub fn parse(path: &Path, bytes: &[u8]) -> Result<Index> {
     let expected = "an index with a weight_map of tensor names to file names, each name once";
-    if !is_json_object(&bytes) {
-        let found = serde_json::from_slice::<serde::de::IgnoredAny>(&bytes)
+    if !is_json_object(bytes) {
+        let found = serde_json::from_slice::<serde::de::IgnoredAny>(bytes)
             .map_or_else(|fault| fault.to_string(), |_| "another JSON value, such as a sequence".into());
         return Err(Error::file(path, found, expected));
     }
-    let index: Index = serde_json::from_slice(&bytes).map_err(|fault| Error::file(path, fault, expected))?;
+    let index: Index = serde_json::from_slice(bytes).map_err(|fault| Error::file(path, fault, expected))?;
     for (tensor, file) in &index.weight_map.0 {
         let is_bare = !file.is_empty() && file != "." && file != ".." && !file.contains(['/', '\\', ':', '\0']);
         if !is_bare {

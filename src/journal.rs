@@ -129,22 +129,7 @@ impl Journal {
         let mut bytes = Vec::new();
         file.rewind().and_then(|()| file.read_to_end(&mut bytes)).map_err(|fault| Error::io(&path, fault))?;
         let journal = Self { path, file };
-        let mut lines = bytes.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"));
-        let first = lines.next().unwrap_or_default();
-        let header: Header = serde_json::from_slice(first).map_err(|fault| {
-            Error::output(
-                &journal.path,
-                format_args!("no journal of a conversion ({fault})"),
-                "one, or an empty folder",
-            )
-        })?;
-        let mut whole = first.len();
-        let mut entries = HashMap::new();
-        for line in lines {
-            let Ok(entry) = serde_json::from_slice::<Entry>(line) else { break };
-            whole += line.len();
-            entries.insert(entry.tensor.clone(), entry);
-        }
+        let (header, entries, whole) = parse(&journal.path, &bytes)?;
         if whole < bytes.len() {
             journal.file.set_len(whole as u64).map_err(|fault| Error::io(&journal.path, fault))?;
         }
@@ -162,4 +147,21 @@ impl Journal {
     pub fn remove(self) -> Result<()> {
         std::fs::remove_file(&self.path).map_err(|fault| Error::io(&self.path, fault))
     }
+}
+
+/// The header of a journal, the tensors it lists, and the length of its whole lines: a kill can tear the last one.
+pub fn parse(path: &Path, bytes: &[u8]) -> Result<(Header, HashMap<String, Entry>, usize)> {
+    let mut lines = bytes.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"));
+    let first = lines.next().unwrap_or_default();
+    let header: Header = serde_json::from_slice(first).map_err(|fault| {
+        Error::output(path, format_args!("no journal of a conversion ({fault})"), "one, or an empty folder")
+    })?;
+    let mut whole = first.len();
+    let mut entries = HashMap::new();
+    for line in lines {
+        let Ok(entry) = serde_json::from_slice::<Entry>(line) else { break };
+        whole += line.len();
+        entries.insert(entry.tensor.clone(), entry);
+    }
+    Ok((header, entries, whole))
 }

@@ -4,10 +4,12 @@
 mod cast;
 mod convert;
 mod fixtures;
+mod fuzz;
 mod header;
 mod malformed;
 mod mxfp4;
 mod names;
 mod output_folder;
 mod plan;
+mod targets;
 mod verify;
