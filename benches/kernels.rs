@@ -1,0 +1,76 @@
+//! Throughput of the kernels on one core, in bytes of output: `cargo bench`.
+
+use std::hint::black_box;
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use safetensors::Dtype;
+use tensorport::cast::{self, OnOverflow, Target};
+use tensorport::checksum::TensorHasher;
+use tensorport::mxfp4::{BLOCK_BYTES, DecodeTable, MX_BLOCK_SIZE};
+
+/// Elements of one call: a worker's chunk, small enough to stay in the second-level cache.
+const ELEMS: usize = 1 << 18;
+
+/// Ordinary weights: small normal numbers, made without a generator.
+fn weights(dtype: Dtype) -> Vec<u8> {
+    let values = (0..ELEMS).map(|i| {
+        #[expect(clippy::cast_precision_loss, reason = "any value does")]
+        let value = ((i * 2_654_435_761) % 65_521) as f32 / 65_521.0 - 0.5;
+        value
+    });
+    match dtype {
+        Dtype::F64 => values.flat_map(|v| f64::from(v).to_le_bytes()).collect(),
+        Dtype::F32 => values.flat_map(f32::to_le_bytes).collect(),
+        Dtype::F16 => values.flat_map(|v| half::f16::from_f32(v).to_le_bytes()).collect(),
+        _ => values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
+    }
+}
+
+fn casts(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("cast");
+    for from in [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16] {
+        let src = weights(from);
+        for to in [Target::F32, Target::F16, Target::Bf16] {
+            if to.dtype() == from {
+                continue;
+            }
+            let mut out = vec![0; ELEMS * to.dtype().bitsize() / 8];
+            group.throughput(Throughput::Bytes(out.len() as u64));
+            group.bench_function(format!("{from} to {}", to.dtype()), |bencher| {
+                bencher.iter(|| cast::cast(from, to, black_box(&src), &mut out, OnOverflow::Error));
+            });
+        }
+    }
+}
+
+fn dequantize(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("dequantize");
+    let groups = ELEMS / MX_BLOCK_SIZE;
+    #[expect(clippy::cast_possible_truncation, reason = "any byte does")]
+    let blocks: Vec<u8> = (0..groups * BLOCK_BYTES).map(|i| (i * 167 % 256) as u8).collect();
+    let scales: Vec<u8> = (0..groups).map(|i| if i % 4 == 0 { 120 } else { 121 }).collect();
+    for to in [Target::Bf16, Target::F16, Target::F32] {
+        let table = DecodeTable::new(to, OnOverflow::Error);
+        let mut out = vec![0; ELEMS * to.dtype().bitsize() / 8];
+        group.throughput(Throughput::Bytes(out.len() as u64));
+        group.bench_function(to.dtype().to_string(), |bencher| {
+            bencher.iter(|| table.decode(black_box(&blocks), &scales, &mut out));
+        });
+    }
+}
+
+fn checksum(criterion: &mut Criterion) {
+    let bytes = weights(Dtype::BF16);
+    let mut group = criterion.benchmark_group("checksum");
+    group.throughput(Throughput::Bytes(bytes.len() as u64));
+    group.bench_function("xxh3-128", |bencher| {
+        bencher.iter(|| {
+            let mut hasher = TensorHasher::new(1);
+            hasher.update(black_box(&bytes), true);
+            hasher.finish()
+        });
+    });
+}
+
+criterion_group!(kernels, casts, dequantize, checksum);
+criterion_main!(kernels);
