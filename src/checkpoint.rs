@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::Metadata;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::UNIX_EPOCH;
 
 use safetensors::Dtype;
@@ -22,6 +22,7 @@ use crate::mapping::Mapping;
 use crate::mxfp4::{self, Candidate};
 use crate::ordered_map::OrderedMap;
 use crate::output::npy;
+use crate::work::lock;
 
 /// Extension of the files that a directory without an index is made of.
 const SAFETENSORS_SUFFIX: &str = ".safetensors";
@@ -90,6 +91,14 @@ pub struct TensorSpec {
     pub nbytes: u64,
     /// Where its data stands, in order; one part unless a conversion split it.
     pub parts: Vec<Part>,
+}
+
+impl TensorSpec {
+    /// What MXFP4 pairing looks at; `path` is for messages.
+    #[must_use]
+    pub fn candidate<'a>(&'a self, path: &'a Path) -> Candidate<'a> {
+        Candidate { name: &self.name, dtype: self.dtype, shape: &self.shape, path }
+    }
 }
 
 /// A stretch of a tensor's data in one file.
@@ -293,7 +302,7 @@ impl Checkpoint {
 
 impl SourceFile {
     fn map(&self) -> Result<Arc<Mapping>> {
-        let mut slot = self.mapping.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = lock(&self.mapping);
         if let Some(mapping) = slot.upgrade() {
             return Ok(mapping);
         }
@@ -363,11 +372,7 @@ impl Builder {
     }
 
     fn finish(self, metadata: OrderedMap<String>) -> Checkpoint {
-        let candidates: Vec<_> = self
-            .tensors
-            .iter()
-            .map(|tensor| Candidate { name: &tensor.name, dtype: tensor.dtype, shape: &tensor.shape, path: &self.root })
-            .collect();
+        let candidates: Vec<_> = self.tensors.iter().map(|tensor| tensor.candidate(&self.root)).collect();
         let (total_parameters, stored_elements) = mxfp4::count_parameters(&candidates);
         Checkpoint {
             root: self.root,

@@ -37,7 +37,12 @@ pub enum Host {
 
 /// Brings large checkpoints into JAX: converts, verifies and inspects safetensors.
 #[derive(Debug, Parser)]
-#[command(name = "tensorport", disable_version_flag = true, arg_required_else_help = true)]
+#[command(
+    name = "tensorport",
+    disable_version_flag = true,
+    disable_help_subcommand = true,
+    arg_required_else_help = true
+)]
 struct Cli {
     /// Print the version, and which of the two programs this is
     #[arg(long, short = 'V')]
@@ -224,7 +229,8 @@ fn dispatch(cli: Cli, host: Host, interrupted: &mut dyn FnMut() -> ControlFlow<(
                 on_overflow: args.on_overflow.into(),
             };
             let mode = Mode { resume: args.resume, overwrite: args.overwrite, verify: !args.skip_verify };
-            let resources = Resources { max_memory: args.max_memory, ..resources(args.workers) };
+            let resources =
+                Resources { max_memory: args.max_memory, ..Resources::default() }.with_workers(args.workers);
             let report = convert::convert(&args.input, &args.output, &options, mode, resources, &mut observer)?;
             bar.clear();
             for warning in &report.warnings {
@@ -233,7 +239,12 @@ fn dispatch(cli: Cli, host: Host, interrupted: &mut dyn FnMut() -> ControlFlow<(
             print(&if args.json { json(&report) } else { describe_conversion(&report) })
         }
         Some(Command::Verify(args)) => {
-            let report = verify::verify(&args.model, args.source.as_deref(), resources(args.workers), &mut observer)?;
+            let report = verify::verify(
+                &args.model,
+                args.source.as_deref(),
+                Resources::default().with_workers(args.workers),
+                &mut observer,
+            )?;
             bar.clear();
             let mut text = if args.json { json(&report) } else { format!("{report}\n") };
             if args.verbose && !args.json {
@@ -247,7 +258,7 @@ fn dispatch(cli: Cli, host: Host, interrupted: &mut dyn FnMut() -> ControlFlow<(
             let checkpoint = Checkpoint::open(&args.path)?;
             let mut inspection = inspect::inspect(&checkpoint);
             if args.stats {
-                inspect::add_stats(&mut inspection, &checkpoint, resources(None), &mut observer)?;
+                inspect::add_stats(&mut inspection, &checkpoint, Resources::default(), &mut observer)?;
                 bar.clear();
             }
             print(&if args.json { json(&inspection) } else { inspection.to_table() })
@@ -260,11 +271,6 @@ fn dispatch(cli: Cli, host: Host, interrupted: &mut dyn FnMut() -> ControlFlow<(
 fn needs_python(command: &str, package: &str) -> u8 {
     complain(&format!("error: `tensorport {command}` is part of the Python package: pip install '{package}'"));
     USAGE
-}
-
-fn resources(workers: Option<usize>) -> Resources {
-    let default = Resources::default();
-    Resources { workers: workers.unwrap_or(default.workers), ..default }
 }
 
 /// Writes to stdout, without control characters that files may have supplied; a reader that closed the pipe has seen enough.

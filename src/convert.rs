@@ -1,6 +1,6 @@
 //! Executes a plan: parallel, in bounded buffers, resumable, every file whole or absent.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -8,23 +8,23 @@ use std::time::Instant;
 use serde::Serialize;
 
 use crate::cast::{Counts, OnOverflow, Target};
+use crate::check::{self, CheckFile, CheckTensor};
 use crate::checkpoint::Checkpoint;
 use crate::checksum::{TensorChecksums, TensorHasher};
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::file;
-use crate::journal::{Entry, Header, JOURNAL_NAME, Journal};
-use crate::manifest::{
-    self, FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardInfo, SideFileOrigin, SourceInfo, TensorInfo,
-};
+use crate::journal::{Entry, Journal};
+use crate::manifest::{FORMAT_VERSION, Manifest, ShardInfo, SideFileOrigin, SourceInfo, TensorInfo};
 use crate::ordered_map::OrderedMap;
+use crate::output_folder::{self, Expected, OutputFolder, Prepared};
 use crate::plan::{self, Options, Plan, PlannedTensor};
 use crate::progress::{Observer, Phase, Progress};
 use crate::side_files::{self, SideFile};
 use crate::sink::Sinks;
 use crate::transform::{self, Producer};
-use crate::verify::{self, CheckFile, CheckTensor};
-use crate::work::{self, Chunk, Job, Resources};
+use crate::verify;
+use crate::work::{self, Chunk, Job, Pool, Resources, lock};
 
 /// How a conversion treats what is already in the output folder, and whether it checks what it wrote.
 #[derive(Debug, Clone, Copy, Default)]
@@ -41,6 +41,7 @@ pub struct Mode {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ConversionReport {
     /// The output folder.
+    #[serde(serialize_with = "verify::as_text")]
     pub output: PathBuf,
     /// The options that were used.
     pub options: Options,
@@ -80,31 +81,28 @@ pub fn convert(
     observer: &mut Observer<'_>,
 ) -> Result<ConversionReport> {
     let started = Instant::now();
-    let worker_bytes = resources.worker_bytes()?;
+    let pool = resources.pool()?;
     let checkpoint = Checkpoint::open(source)?;
     let plan = plan::plan(checkpoint.tensors(), |tensor| checkpoint.path_of(tensor), options)?;
     let side_files = side_files::plan(&checkpoint, &plan, options)?;
     let job = Conversion { checkpoint: &checkpoint, plan: &plan, side_files: &side_files, options, output };
-    std::fs::create_dir_all(output).map_err(|fault| Error::io(output, fault))?;
-    let _lock = file::lock_folder(output)?.ok_or_else(|| {
-        Error::output(output, "another conversion that is writing here now", "one conversion at a time into a folder")
-    })?;
-    let (journal, listed) = match job.prepare(mode)? {
-        Prepared::Ready(journal, listed) => (journal, listed),
-        Prepared::Finished(manifest) => return job.report_finished(&manifest, resources, observer, started),
+    let expected = Expected::new(&checkpoint, &plan, &side_files, options);
+    let (folder, listed) = match OutputFolder::prepare(output, &expected, mode)? {
+        Prepared::Ready(folder, listed) => (folder, listed),
+        Prepared::Finished(manifest) => return job.report_finished(&manifest, pool, observer, started),
     };
-    let done = job.recheck(&listed, worker_bytes, resources, observer)?;
+    let done = job.recheck(&listed, pool, observer)?;
     let resumed_tensors = done.len() as u64;
-    let entries = job.write_tensors(&journal, done, worker_bytes, resources, observer)?;
+    let entries = job.write_tensors(&folder.journal, done, pool, observer)?;
     for file in checkpoint.files() {
         let stat = std::fs::metadata(&file.path).map_err(|fault| Error::io(&file.path, fault))?;
         file.check_unchanged(&stat)?;
     }
     let manifest = job.manifest(&entries)?;
     if mode.verify {
-        job.verify_written(&manifest, worker_bytes, resources, observer)?;
+        job.verify_written(&manifest, pool, observer)?;
     }
-    job.finish(&manifest, journal)?;
+    folder.finish(&manifest)?;
     Ok(job.report(&manifest, resumed_tensors, mode.verify, started))
 }
 
@@ -116,94 +114,12 @@ struct Conversion<'a> {
     output: &'a Path,
 }
 
-/// State of the output folder after [`Conversion::prepare`].
-enum Prepared {
-    /// There is work to do; these tensors are listed as whole.
-    Ready(Journal, HashMap<String, Entry>),
-    /// The very tree that was asked for is there.
-    Finished(Box<Manifest>),
-}
-
 impl Conversion<'_> {
-    /// Brings the output folder into the state that the journal describes. Deletes nothing that no conversion wrote.
-    fn prepare(&self, mode: Mode) -> Result<Prepared> {
-        let output = self.output;
-        self.refuse_own_source()?;
-        let names = visible_names(output)?;
-        let mut header = Header::new(self.checkpoint, self.options, self.output_names());
-        if let Some((journal, begun, entries)) = Journal::open(output)? {
-            let difference = begun.difference(&header);
-            if mode.resume && difference.is_none() {
-                remove_leftovers(output, &begun)?;
-                return Ok(Prepared::Ready(journal, entries));
-            }
-            if !mode.overwrite {
-                let found = difference.unwrap_or_else(|| "an unfinished conversion".into());
-                let expected = "resume=True with the same source and options, overwrite=True, or another folder";
-                return Err(Error::output(output, found, expected));
-            }
-            header.replaces = begun.files;
-            header.replaces.extend(begun.replaces);
-        } else if names.iter().any(|name| name == MANIFEST_NAME) {
-            let path = output.join(MANIFEST_NAME);
-            let bytes = file::read_bounded(&path, manifest::MAX_MANIFEST_BYTES)?;
-            let finished = Manifest::from_bytes(&path, &bytes).map_err(|fault| {
-                Error::output(output, format_args!("a manifest.json that is not ours ({fault})"), "an empty folder")
-            })?;
-            if mode.resume && self.is_result(&finished) {
-                if !Manifest::self_hash_holds(&bytes) {
-                    let expected = "the manifest as it was written, or overwrite=True";
-                    return Err(Error::output(&path, "an edited or damaged manifest", expected));
-                }
-                return Ok(Prepared::Finished(Box::new(finished)));
-            }
-            if !mode.overwrite {
-                let found = if mode.resume { "a finished tree of another conversion" } else { "a finished tree" };
-                return Err(Error::output(output, found, "overwrite=True, or another folder"));
-            }
-            let tensor_files = finished.tensors.0.into_iter().flat_map(|(_, info)| info.files);
-            let side_files = finished.side_files.0.into_iter().map(|(name, _)| name);
-            header.replaces = tensor_files.chain(side_files).collect();
-        } else if let Some(foreign) = names.first() {
-            let found = format_args!("{foreign:?} and {} more files that no conversion wrote", names.len() - 1);
-            return Err(Error::output(output, found, "an empty folder, or a new one"));
-        }
-        let journal = Journal::create(output, &header)?;
-        remove_leftovers(output, &header)?;
-        Ok(Prepared::Ready(journal, HashMap::new()))
-    }
-
-    /// Every file of the tree but the manifest.
-    fn output_names(&self) -> Vec<String> {
-        let side_files = self.side_files.iter().map(|file| file.name.clone());
-        self.plan.files.iter().map(|file| file.path.clone()).chain(side_files).collect()
-    }
-
-    /// A tree cannot be converted into itself.
-    fn refuse_own_source(&self) -> Result<()> {
-        let canonical = |path: &Path| std::fs::canonicalize(path).map_err(|fault| Error::io(path, fault));
-        let output = canonical(self.output)?;
-        let root = canonical(self.checkpoint.root())?;
-        if root == output || root.starts_with(&output) {
-            let found = format_args!("the source {} in it", self.checkpoint.root().display());
-            return Err(Error::output(self.output, found, "an output folder that does not hold the source"));
-        }
-        Ok(())
-    }
-
-    /// Whether a finished tree is what this conversion would write.
-    fn is_result(&self, manifest: &Manifest) -> bool {
-        manifest.options == *self.options
-            && manifest.source.files == self.checkpoint.fingerprints()
-            && manifest.tensorport_version == env!("CARGO_PKG_VERSION")
-    }
-
     /// Of the tensors that the journal lists, those whose files are there and whole.
     fn recheck(
         &self,
         listed: &HashMap<String, Entry>,
-        worker_bytes: u64,
-        resources: Resources,
+        pool: Pool,
         observer: &mut Observer<'_>,
     ) -> Result<HashMap<String, Entry>> {
         let listed_tensors: Vec<_> =
@@ -213,8 +129,7 @@ impl Conversion<'_> {
         }
         let checks: Vec<_> =
             listed_tensors.iter().map(|(tensor, entry)| self.check_of(tensor, entry.checksums())).collect();
-        let failures =
-            verify::check_tensors(Phase::Check, self.output, &checks, None, worker_bytes, resources.workers, observer)?;
+        let failures = check::check_tensors(Phase::Check, self.output, &checks, None, pool, observer)?;
         let broken: BTreeSet<_> = failures.into_iter().filter_map(|failure| failure.tensor).collect();
         let whole = listed_tensors.into_iter().filter(|(tensor, _)| !broken.contains(&tensor.name));
         Ok(whole.map(|(tensor, entry)| (tensor.name.clone(), entry.clone())).collect())
@@ -249,13 +164,12 @@ impl Conversion<'_> {
         &self,
         journal: &Journal,
         done: HashMap<String, Entry>,
-        worker_bytes: u64,
-        resources: Resources,
+        pool: Pool,
         observer: &mut Observer<'_>,
     ) -> Result<HashMap<String, Entry>> {
         for (shard, _) in &self.plan.shards {
             let folder = self.output.join(shard);
-            refuse_link(&folder)?;
+            output_folder::refuse_link(&folder)?;
             std::fs::create_dir_all(&folder).map_err(|fault| Error::io(&folder, fault))?;
         }
         let tensors: Vec<_> = self.plan.tensors.iter().filter(|tensor| !done.contains_key(&tensor.name)).collect();
@@ -264,7 +178,7 @@ impl Conversion<'_> {
         let progress = Progress::new(Phase::Convert, names, bytes_total);
         let chunks = tensors.iter().enumerate().flat_map(|(item, tensor)| {
             let pieces = tensor.pieces.iter().map(|piece| piece.units.clone());
-            work::chunks(item, pieces, transform::chunk_units(tensor.transform, worker_bytes))
+            work::chunks(item, pieces, transform::chunk_units(tensor.transform, pool.worker_bytes))
         });
         let job = WriteJob {
             checkpoint: self.checkpoint,
@@ -279,7 +193,7 @@ impl Conversion<'_> {
             entries: Mutex::new(done),
             progress: &progress,
         };
-        work::run(&job, chunks, tensors.len(), resources.workers, &progress, observer)?;
+        work::run(&job, chunks, tensors.len(), pool.workers, &progress, observer)?;
         for (shard, _) in &self.plan.shards {
             file::sync_folder(&self.output.join(shard))?;
         }
@@ -339,24 +253,9 @@ impl Conversion<'_> {
     }
 
     /// Re-reads what was written, before the manifest vouches for it.
-    fn verify_written(
-        &self,
-        manifest: &Manifest,
-        worker_bytes: u64,
-        resources: Resources,
-        observer: &mut Observer<'_>,
-    ) -> Result<()> {
-        let report = verify::check_tree(self.output, manifest, None, worker_bytes, resources.workers, observer)?;
+    fn verify_written(&self, manifest: &Manifest, pool: Pool, observer: &mut Observer<'_>) -> Result<()> {
+        let report = verify::check_tree(self.output, manifest, None, pool, observer)?;
         if report.ok { Ok(()) } else { Err(Error::Verification(Box::new(report))) }
-    }
-
-    /// Makes the tree a finished one: the manifest appears, the journal goes.
-    fn finish(&self, manifest: &Manifest, journal: Journal) -> Result<()> {
-        file::sync_folder(self.output)?;
-        file::write_atomically(&self.output.join(MANIFEST_NAME), manifest.to_text().as_bytes())?;
-        file::sync_folder(self.output)?;
-        journal.remove()?;
-        file::sync_folder(self.output)
     }
 
     fn report(&self, manifest: &Manifest, resumed_tensors: u64, verified: bool, started: Instant) -> ConversionReport {
@@ -393,72 +292,30 @@ impl Conversion<'_> {
         }
     }
 
-    /// The tree was finished before: all that resuming can do is to make sure of it.
+    /// A tree with the right options and source headers was finished before: all that resuming can do is to make sure
+    /// that it is whole, and that it was made from this very source.
     fn report_finished(
         &self,
         manifest: &Manifest,
-        resources: Resources,
+        pool: Pool,
         observer: &mut Observer<'_>,
         started: Instant,
     ) -> Result<ConversionReport> {
-        self.verify_written(manifest, resources.worker_bytes()?, resources, observer)?;
+        self.verify_written(manifest, pool, observer)?;
+        let source =
+            verify::Source { checkpoint: self.checkpoint, plan: self.plan, on_overflow: self.options.on_overflow };
+        let compared = verify::check_tree(self.output, manifest, Some(&source), pool, observer)?;
+        let mut side_files = Vec::with_capacity(self.side_files.len());
+        for file in self.side_files {
+            side_files.push((file.name.clone(), file.info()?));
+        }
+        if !compared.ok || side_files != manifest.side_files.0 {
+            let found = compared.failures.first().map_or("other side files".to_owned(), ToString::to_string);
+            let found = format_args!("a finished tree of another source ({found})");
+            return Err(Error::output(self.output, found, "overwrite=True, or another folder"));
+        }
         Ok(self.report(manifest, manifest.total_tensors, true, started))
     }
-}
-
-/// Names in a folder, except the lock and the temporary file of a journal that never came to be.
-fn visible_names(folder: &Path) -> Result<Vec<String>> {
-    let own = [format!("{JOURNAL_NAME}{}", file::TEMPORARY_SUFFIX), file::LOCK_NAME.to_owned()];
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(|fault| Error::io(folder, fault))? {
-        let entry = entry.map_err(|fault| Error::io(folder, fault))?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if !own.contains(&name) {
-            names.push(name);
-        }
-    }
-    names.sort();
-    Ok(names)
-}
-
-/// A shard folder that is a link leads out of the tree: nothing is written or deleted there.
-fn refuse_link(folder: &Path) -> Result<()> {
-    match std::fs::symlink_metadata(folder) {
-        Ok(stat) if stat.is_symlink() => Err(Error::output(folder, "a symbolic link", "a folder of the tree")),
-        _ => Ok(()),
-    }
-}
-
-/// Removes temporary files of an interrupted run, and the files of a tree that is being replaced: those that its
-/// manifest or journal names, and no others.
-fn remove_leftovers(output: &Path, header: &Header) -> Result<()> {
-    let remove = |relative: &str| {
-        let Some(path) = manifest::tree_path(output, relative) else { return Ok(()) };
-        if let Some((shard, _)) = relative.split_once('/') {
-            refuse_link(&output.join(shard))?;
-        }
-        match std::fs::remove_file(&path) {
-            Err(fault) if fault.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&path, fault)),
-            _ => Ok(()),
-        }
-    };
-    // The manifest first: without it, what is left is no finished tree.
-    remove(MANIFEST_NAME)?;
-    let planned: HashSet<&str> = header.files.iter().map(String::as_str).collect();
-    for relative in &header.replaces {
-        remove(&format!("{relative}{}", file::TEMPORARY_SUFFIX))?;
-        if !planned.contains(relative.as_str()) {
-            remove(relative)?;
-        }
-        if let Some((shard, _)) = relative.split_once('/') {
-            // Fails while the folder holds anything, as it should.
-            let _ = std::fs::remove_dir(output.join(shard));
-        }
-    }
-    for relative in header.files.iter().map(String::as_str).chain([MANIFEST_NAME, JOURNAL_NAME]) {
-        remove(&format!("{relative}{}", file::TEMPORARY_SUFFIX))?;
-    }
-    Ok(())
 }
 
 /// Writes tensors chunk by chunk.
@@ -536,8 +393,9 @@ impl<'a> Job for WriteJob<'a> {
             overflow: state.counts.overflow,
             underflow: state.counts.underflow,
         };
+        // Under the lock: lines of two workers must not mix.
+        let mut entries = lock(&self.entries);
         self.journal.append(&entry)?;
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         entries.insert(entry.tensor.clone(), entry);
         Ok(())
     }

@@ -90,10 +90,19 @@ pub fn temporary_path(path: &Path) -> std::path::PathBuf {
     name.into()
 }
 
+/// Creates a file under its temporary name. What may bear that name is removed, never written to: it could be a link.
+pub fn create_temporary(temporary: &Path) -> Result<File> {
+    match std::fs::remove_file(temporary) {
+        Err(fault) if fault.kind() != io::ErrorKind::NotFound => return Err(Error::io(temporary, fault)),
+        _ => {}
+    }
+    File::options().write(true).create_new(true).open(temporary).map_err(|fault| Error::io(temporary, fault))
+}
+
 /// Writes a whole small file: temporary name, fsync, rename.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = temporary_path(path);
-    let file = File::create(&temporary).map_err(|source| Error::io(&temporary, source))?;
+    let file = create_temporary(&temporary)?;
     write_all_at(&temporary, &file, bytes, 0)?;
     publish(&file, &temporary, path)
 }
@@ -159,6 +168,25 @@ pub fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
     let mut bytes = vec![0; nbytes];
     read_exact_at(path, &file, &mut bytes, 0)?;
     Ok(bytes)
+}
+
+/// Bytes of a buffer for reading a file through.
+const COPY_BUFFER_BYTES: usize = 1 << 20;
+
+/// Reads a file from beginning to end in bounded memory and gives each stretch to `take` with its offset; returns the
+/// file's size.
+pub fn read_through(path: &Path, mut take: impl FnMut(&[u8], u64) -> Result<()>) -> Result<u64> {
+    let (file, metadata) = open_regular(path)?;
+    let nbytes = metadata.len();
+    let mut buffer = vec![0; COPY_BUFFER_BYTES];
+    let mut offset = 0;
+    while offset < nbytes {
+        let stretch = usize::try_from(nbytes - offset).unwrap_or(usize::MAX).min(COPY_BUFFER_BYTES);
+        read_exact_at(path, &file, &mut buffer[..stretch], offset)?;
+        take(&buffer[..stretch], offset)?;
+        offset += stretch as u64;
+    }
+    Ok(nbytes)
 }
 
 /// Words for a file that is not a regular one.

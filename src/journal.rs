@@ -108,7 +108,7 @@ impl Journal {
     pub fn create(folder: &Path, header: &Header) -> Result<Self> {
         let path = folder.join(JOURNAL_NAME);
         let temporary = file::temporary_path(&path);
-        let file = File::create(&temporary).map_err(|fault| Error::io(&temporary, fault))?;
+        let file = file::create_temporary(&temporary)?;
         let journal = Self { path: path.clone(), file };
         journal.append(header)?;
         file::publish(&journal.file, &temporary, &path)?;

@@ -11,6 +11,7 @@
 //! | [`inspect`], [`synthetic`], [`cli`] | tables and statistics, random checkpoints, the command line |
 
 pub mod cast;
+mod check;
 pub mod checkpoint;
 pub mod checksum;
 pub mod cli;
@@ -28,6 +29,7 @@ pub mod mxfp4;
 pub mod names;
 pub mod ordered_map;
 pub mod output;
+mod output_folder;
 pub mod plan;
 pub mod progress;
 #[cfg(feature = "python")]
@@ -35,6 +37,7 @@ mod python;
 pub mod select;
 pub mod side_files;
 mod sink;
+pub mod stats;
 pub mod synthetic;
 pub mod transform;
 pub mod verify;

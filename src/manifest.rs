@@ -8,7 +8,6 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::Fingerprint;
 use crate::checksum::Checksum;
 use crate::error::{Error, Result};
-use crate::file;
 use crate::ordered_map::OrderedMap;
 use crate::plan::Options;
 
@@ -154,12 +153,6 @@ impl Manifest {
         text
     }
 
-    /// Reads the manifest of the tree at `root`, without looking at its own hash.
-    pub fn read(root: &Path) -> Result<Self> {
-        let path = root.join(MANIFEST_NAME);
-        Self::from_bytes(&path, &file::read_bounded(&path, MAX_MANIFEST_BYTES)?)
-    }
-
     /// Parses and checks a manifest.
     pub fn from_bytes(path: &Path, bytes: &[u8]) -> Result<Self> {
         /// What every version of the schema has.
@@ -211,11 +204,19 @@ pub(crate) fn is_json_object(bytes: &[u8]) -> bool {
     bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{')
 }
 
-/// The file of a tree that `relative` names, if that is a plain path below `root`.
+/// The file of a tree that `relative` names: a bare name, or a bare name in a shard folder. Anything else leads out of
+/// what a conversion writes, and is None.
 #[must_use]
 pub fn tree_path(root: &Path, relative: &str) -> Option<PathBuf> {
-    let is_plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains(['\\', ':', '\0']);
-    relative.split('/').all(is_plain).then(|| root.join(relative))
+    let is_bare =
+        |name: &str| !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', ':', '\0']);
+    let is_shard =
+        |name: &str| name.strip_prefix("shard_").is_some_and(|n| n.len() >= 3 && n.bytes().all(|b| b.is_ascii_digit()));
+    let is_plain = match relative.split_once('/') {
+        None => is_bare(relative),
+        Some((shard, name)) => is_shard(shard) && is_bare(name),
+    };
+    is_plain.then(|| root.join(relative))
 }
 
 fn self_hash_line(hash: Checksum) -> String {

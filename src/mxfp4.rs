@@ -58,8 +58,19 @@ pub struct Candidate<'a> {
 pub struct Pairing {
     /// Complete pairs, in the order of their blocks.
     pub pairs: Vec<Pair>,
-    /// Misfits: the tensor's index and what is wrong with it.
-    pub misfits: Vec<(usize, Error)>,
+    /// What does not fit.
+    pub misfits: Vec<Misfit>,
+}
+
+/// A tensor that looks like half a pair but is none.
+#[derive(Debug)]
+pub struct Misfit {
+    /// Its index.
+    pub index: usize,
+    /// The name that the decoded tensor would have.
+    pub name: String,
+    /// What is wrong.
+    pub fault: Error,
 }
 
 /// Finds the MXFP4 pairs among `tensors`, in whatever order and files the two halves stand.
@@ -78,17 +89,19 @@ pub fn pair(tensors: &[Candidate<'_>]) -> Pairing {
                             pairing.pairs.push(Pair { name: base.to_owned(), blocks: index, scales, shape });
                         }
                         Ok(None) => {}
-                        Err(misfit) => pairing.misfits.push((index, misfit)),
+                        Err(fault) => pairing.misfits.push(Misfit { index, name: base.to_owned(), fault }),
                     },
                     None if tensor.dtype == Dtype::U8 => {
-                        pairing.misfits.push((index, lone_half(tensor, "blocks", &scales_name)));
+                        let fault = lone_half(tensor, "blocks", &scales_name);
+                        pairing.misfits.push(Misfit { index, name: base.to_owned(), fault });
                     }
                     None => {}
                 }
             } else if let Some(base) = tensor.name.strip_suffix(scales_suffix) {
                 let blocks_name = format!("{base}{blocks_suffix}");
                 if tensor.dtype == Dtype::U8 && !by_name.contains_key(blocks_name.as_str()) {
-                    pairing.misfits.push((index, lone_half(tensor, "scales", &blocks_name)));
+                    let fault = lone_half(tensor, "scales", &blocks_name);
+                    pairing.misfits.push(Misfit { index, name: base.to_owned(), fault });
                 }
             }
         }

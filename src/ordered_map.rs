@@ -17,14 +17,6 @@ impl<V> Default for OrderedMap<V> {
     }
 }
 
-impl<V> OrderedMap<V> {
-    /// The value under `key`, found by a linear search.
-    #[must_use]
-    pub fn get(&self, key: &str) -> Option<&V> {
-        self.0.iter().find(|(name, _)| name == key).map(|(_, value)| value)
-    }
-}
-
 impl<V: Serialize> Serialize for OrderedMap<V> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut map = serializer.serialize_map(Some(self.0.len()))?;

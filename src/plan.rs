@@ -227,24 +227,19 @@ pub fn plan<'a>(
 ) -> Result<Plan> {
     let shard_bytes = options.shard_bytes()?;
     let selection = Selection::new(options.include.as_deref(), options.exclude.as_deref())?;
-    let candidates: Vec<_> = tensors
-        .iter()
-        .map(|tensor| Candidate {
-            name: &tensor.name,
-            dtype: tensor.dtype,
-            shape: &tensor.shape,
-            path: path_of(tensor),
-        })
-        .collect();
+    let candidates: Vec<_> = tensors.iter().map(|tensor| tensor.candidate(path_of(tensor))).collect();
     let pairing = mxfp4::pair(&candidates);
     let planned = match options.mxfp4 {
         Mxfp4Mode::Keep => plain_tensors(&candidates, options, &selection, &HashSet::new())?,
         Mxfp4Mode::Dequantize => {
-            let misfit = pairing.misfits.into_iter().find(|(index, _)| selection.takes(&tensors[*index].name));
-            if let Some((_, misfit)) = misfit {
-                return Err(misfit);
+            // A misfit has two names, like a pair: leaving out either leaves it out.
+            let mut halves: HashSet<usize> = pairing.pairs.iter().flat_map(|pair| [pair.blocks, pair.scales]).collect();
+            for misfit in pairing.misfits {
+                if selection.takes(&misfit.name) && selection.takes(&tensors[misfit.index].name) {
+                    return Err(misfit.fault);
+                }
+                halves.insert(misfit.index);
             }
-            let halves = pairing.pairs.iter().flat_map(|pair| [pair.blocks, pair.scales]).collect();
             let mut planned = plain_tensors(&candidates, options, &selection, &halves)?;
             for pair in pairing.pairs.iter().filter(|pair| selection.takes(&pair.name)) {
                 planned.push((pair.blocks, dequantized(pair, &candidates, options)?));

@@ -2,14 +2,16 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Map, Value};
+use serde_json::value::RawValue;
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::checkpoint::{Checkpoint, Kind};
 use crate::checksum::Checksum;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::journal::JOURNAL_NAME;
-use crate::manifest::{MANIFEST_NAME, SideFileInfo, SideFileOrigin};
+use crate::manifest::{self, MANIFEST_NAME, SideFileInfo, SideFileOrigin};
+use crate::ordered_map::OrderedMap;
 use crate::plan::{Mxfp4Mode, Options, Plan, Transform};
 
 /// The reader for those who have no tensorport; written into every numpy-direct tree.
@@ -28,8 +30,8 @@ const COPIED_SUFFIXES: [&str; 6] = [".json", ".jinja", ".txt", ".model", ".tikto
 /// Beginnings of files without an ending that travel with a checkpoint.
 const COPIED_PREFIXES: [&str; 3] = ["LICENSE", "NOTICE", "USAGE_POLICY"];
 
-/// Largest side file; tokenizers are some tens of megabytes.
-const MAX_SIDE_FILE_BYTES: u64 = 1_000_000_000;
+/// Largest configuration that is corrected.
+const MAX_CONFIG_BYTES: u64 = 100_000_000;
 
 /// One file to be written beside the tensors.
 #[derive(Debug)]
@@ -75,23 +77,39 @@ pub fn plan(checkpoint: &Checkpoint, plan: &Plan, options: &Options) -> Result<V
 }
 
 impl SideFile {
-    /// Writes the file into `folder`.
+    /// Writes the file into `folder`, in bounded memory.
     pub fn write(&self, folder: &Path) -> Result<SideFileInfo> {
-        let read;
-        let bytes = match &self.content {
-            Content::Bytes(bytes) => bytes,
-            Content::File(path) => {
-                read = file::read_bounded(path, MAX_SIDE_FILE_BYTES)?;
-                &read
-            }
+        let path = folder.join(&self.name);
+        let temporary = file::temporary_path(&path);
+        let output = file::create_temporary(&temporary)?;
+        let info = self.read(|bytes, offset| file::write_all_at(&temporary, &output, bytes, offset))?;
+        file::publish(&output, &temporary, &path)?;
+        Ok(info)
+    }
+
+    /// What the manifest would say of the file, without writing it.
+    pub fn info(&self) -> Result<SideFileInfo> {
+        self.read(|_, _| Ok(()))
+    }
+
+    fn read(&self, mut take: impl FnMut(&[u8], u64) -> Result<()>) -> Result<SideFileInfo> {
+        let mut hasher = Xxh3::new();
+        let mut hash_and_take = |bytes: &[u8], offset| {
+            hasher.update(bytes);
+            take(bytes, offset)
         };
-        file::write_atomically(&folder.join(&self.name), bytes)?;
-        Ok(SideFileInfo { nbytes: bytes.len() as u64, xxh3_128: Checksum::of(bytes), origin: self.origin })
+        let nbytes = match &self.content {
+            Content::Bytes(bytes) => hash_and_take(bytes, 0).map(|()| bytes.len() as u64)?,
+            Content::File(path) => file::read_through(path, hash_and_take)?,
+        };
+        Ok(SideFileInfo { nbytes, xxh3_128: Checksum(hasher.digest128()), origin: self.origin })
     }
 }
 
 fn is_copied(name: &str) -> bool {
-    !name.starts_with('.')
+    // A name that a manifest could not list stays behind: it could not be verified.
+    manifest::tree_path(Path::new(""), name).is_some()
+        && !name.starts_with('.')
         && !name.ends_with(".safetensors.index.json")
         && !OWN_NAMES.iter().any(|own| own.eq_ignore_ascii_case(name))
         && (COPIED_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
@@ -106,23 +124,26 @@ fn corrected_config(path: &Path, plan: &Plan, options: &Options) -> Result<Optio
     if !is_dequantized && !has_casts {
         return Ok(None);
     }
-    let bytes = file::read_bounded(path, MAX_SIDE_FILE_BYTES)?;
-    let mut config: Map<String, Value> = serde_json::from_slice(&bytes)
+    let bytes = file::read_bounded(path, MAX_CONFIG_BYTES)?;
+    // Raw values: what is not edited stays as it is written, to the last digit.
+    let mut config: OrderedMap<Box<RawValue>> = serde_json::from_slice(&bytes)
         .map_err(|fault| Error::file(path, fault, "a model configuration: a JSON object"))?;
     if is_dequantized {
-        config.shift_remove("quantization_config");
+        config.0.retain(|(key, _)| key != "quantization_config");
     }
     // transformers wrote torch_dtype up to 4.55 and dtype since; both are read.
     let dtype = match options.precision.target() {
         Some(target) => crate::dtype::name(target.dtype()),
         None => "bfloat16",
     };
-    let has_old_key = config.contains_key("torch_dtype");
-    if has_old_key {
-        config.insert("torch_dtype".into(), dtype.into());
+    let dtype = RawValue::from_string(format!("\"{dtype}\"")).expect("a quoted name is JSON");
+    let mut is_named = false;
+    for (_, value) in config.0.iter_mut().filter(|(key, _)| key == "dtype" || key == "torch_dtype") {
+        value.clone_from(&dtype);
+        is_named = true;
     }
-    if !has_old_key || config.contains_key("dtype") {
-        config.insert("dtype".into(), dtype.into());
+    if !is_named {
+        config.0.push(("dtype".into(), dtype));
     }
     let mut text = serde_json::to_string_pretty(&config).expect("a JSON object serializes");
     text.push('\n');

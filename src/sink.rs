@@ -3,11 +3,12 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use crate::error::{Error, Result};
 use crate::file;
 use crate::plan::PlannedFile;
+use crate::work::lock;
 
 /// The output files of a job.
 pub(crate) struct Sinks<'a> {
@@ -40,7 +41,7 @@ impl<'a> Sinks<'a> {
     pub fn write(&self, file: usize, bytes: &[u8], offset: u64) -> Result<()> {
         let temporary = file::temporary_path(&self.path(file));
         let handle = {
-            let mut open = self.slots[file].open.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut open = lock(&self.slots[file].open);
             if let Some(handle) = &*open {
                 Arc::clone(handle)
             } else {
@@ -52,7 +53,7 @@ impl<'a> Sinks<'a> {
 
     fn create(&self, file: usize, temporary: &Path) -> Result<File> {
         let planned = &self.files[file];
-        let handle = File::create(temporary).map_err(|fault| Error::io(temporary, fault))?;
+        let handle = file::create_temporary(temporary)?;
         handle.set_len(planned.nbytes).map_err(|fault| Error::io(temporary, fault))?;
         file::write_all_at(temporary, &handle, &planned.header, 0)?;
         Ok(handle)
@@ -64,7 +65,7 @@ impl<'a> Sinks<'a> {
         if slot.pieces_left.fetch_sub(1, Ordering::AcqRel) > 1 {
             return Ok(());
         }
-        let handle = slot.open.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let handle = lock(&slot.open).take();
         let handle = handle.expect("a file is opened by its first chunk and closed by its last");
         let path = self.path(file);
         file::publish(&handle, &file::temporary_path(&path), &path)

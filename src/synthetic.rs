@@ -74,7 +74,7 @@ pub fn write(
     resources: Resources,
     observer: &mut Observer<'_>,
 ) -> Result<u64> {
-    let worker_bytes = resources.worker_bytes()?;
+    let pool = resources.pool()?;
     let mut planned_files = Vec::with_capacity(files.0.len());
     let mut tensors = Vec::new();
     for (index, (name, file)) in files.0.iter().enumerate() {
@@ -86,11 +86,11 @@ pub fn write(
     let names = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
     let progress = Progress::new(Phase::Synthesize, names, bytes_total);
     let chunks = tensors.iter().enumerate().flat_map(|(item, tensor)| {
-        work::chunks(item, std::iter::once(0..tensor.nbytes.div_ceil(UNIT_BYTES)), worker_bytes / UNIT_BYTES)
+        work::chunks(item, std::iter::once(0..tensor.nbytes.div_ceil(UNIT_BYTES)), pool.worker_bytes / UNIT_BYTES)
     });
     let sinks = Sinks::new(folder, &planned_files, tensors.iter().map(|tensor| tensor.file));
     let job = FillJob { tensors: &tensors, sinks, progress: &progress };
-    work::run(&job, chunks, tensors.len(), resources.workers, &progress, observer)?;
+    work::run(&job, chunks, tensors.len(), pool.workers, &progress, observer)?;
     Ok(bytes_total)
 }
 

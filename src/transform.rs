@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use crate::cast::{self, Counts, OnOverflow, Target};
 use crate::checkpoint::{Checkpoint, TensorSpec};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::file;
 use crate::mxfp4::DecodeTable;
 use crate::plan::{PlannedTensor, Transform};
@@ -108,8 +108,12 @@ impl<'a> Producer<'a> {
             }
             part_start = part_end;
         }
-        debug_assert!(out.is_empty(), "plans stay inside their tensors");
-        Ok(())
+        if out.is_empty() {
+            return Ok(());
+        }
+        let found = format_args!("{} bytes", tensor.nbytes);
+        let expected = format_args!("{} more, as planned", out.len());
+        Err(Error::tensor(self.checkpoint.path_of(tensor), &tensor.name, found, expected))
     }
 }
 

@@ -29,22 +29,40 @@ pub struct Resources {
     pub max_memory: u64,
 }
 
+/// Most workers of a job.
+const MAX_WORKERS: usize = 1024;
+
 impl Default for Resources {
     /// All cores, 256 MB.
     fn default() -> Self {
-        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+        let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
         Self { workers, max_memory: 256_000_000 }
     }
 }
 
+/// Threads of a job and the buffer that each may have: [`Resources`] after their check.
+#[derive(Debug, Clone, Copy)]
+pub struct Pool {
+    /// Number of worker threads.
+    pub workers: usize,
+    /// Buffer bytes of each worker.
+    pub worker_bytes: u64,
+}
+
 impl Resources {
-    /// Buffer bytes of each worker. Half of the memory is left for tables, stacks and the interpreter.
-    pub fn worker_bytes(&self) -> Result<u64> {
-        if !(1..=1024).contains(&self.workers) {
+    /// These resources, with `workers` if somebody asked for a number.
+    #[must_use]
+    pub fn with_workers(self, workers: Option<usize>) -> Self {
+        Self { workers: workers.unwrap_or(self.workers), ..self }
+    }
+
+    /// Divides the memory among the workers. Half of it is left for tables, stacks and the interpreter.
+    pub fn pool(&self) -> Result<Pool> {
+        if !(1..=MAX_WORKERS).contains(&self.workers) {
             return Err(Error::Argument {
                 name: "workers",
                 found: self.workers.to_string(),
-                expected: "a number between 1 and 1024".into(),
+                expected: format!("a number between 1 and {MAX_WORKERS}"),
             });
         }
         let bytes = self.max_memory / 2 / self.workers as u64;
@@ -56,7 +74,7 @@ impl Resources {
                 expected: format!("at least {least} bytes, or fewer workers"),
             });
         }
-        Ok(bytes.min(MAX_WORKER_BYTES))
+        Ok(Pool { workers: self.workers, worker_bytes: bytes.min(MAX_WORKER_BYTES) })
     }
 }
 
@@ -260,7 +278,7 @@ impl<I, S> Shared<I, S> {
 }
 
 /// Locks, also after a panic elsewhere: the scope passes that panic on.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -356,8 +374,8 @@ mod tests {
 
     #[test]
     fn too_little_memory_is_refused() {
-        let fault = Resources { workers: 64, max_memory: 1_000_000 }.worker_bytes().unwrap_err();
+        let fault = Resources { workers: 64, max_memory: 1_000_000 }.pool().unwrap_err();
         assert!(fault.to_string().contains("8388608"), "{fault}");
-        assert!(Resources { workers: 0, max_memory: 1 << 30 }.worker_bytes().is_err());
+        assert!(Resources { workers: 0, max_memory: 1 << 30 }.pool().is_err());
     }
 }

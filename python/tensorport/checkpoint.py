@@ -54,6 +54,8 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
 
     def __init__(self, source: str | os.PathLike[str]) -> None:
         """Opens `source`; see :func:`tensorport.open`."""
+        if not os.fspath(source):
+            raise ValueError("source: found an empty path, expected a file or a directory")
         self._path = Path(source)
         self._core = _core.Checkpoint(self._path)
 
@@ -110,6 +112,13 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
     def nbytes(self) -> int:
         """Bytes of tensor data."""
         return sum(spec.nbytes for spec in self.specs.values())
+
+    # A Checkpoint is equal to itself alone: comparing as mappings do would read every tensor.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __reduce__(self) -> tuple[type["Checkpoint"], tuple[Path]]:
+        return Checkpoint, (self._path,)
 
     def __repr__(self) -> str:
         return (

@@ -87,8 +87,8 @@ def convert(
     with observe(progress) as callback:
         try:
             report = _core.convert(
-                Path(source),
-                Path(output),
+                _path("source", source),
+                _path("output", output),
                 json.dumps(options),
                 resume=resume,
                 overwrite=overwrite,
@@ -98,10 +98,8 @@ def convert(
                 callback=callback,
             )
         except VerificationError as fault:
-            message, failures = fault.args
-            error = VerificationError(message)
-            error.report = VerificationReport._from_json(failures)
-            raise error from None
+            fault.report = VerificationReport._from_json(fault.report)
+            raise
     result = ConversionReport._from_json(report)
     for warning in result.warnings:
         python_warnings.warn(warning, stacklevel=2)
@@ -132,8 +130,8 @@ def verify(
     """
     with observe(progress) as callback:
         text = _core.verify(
-            Path(output),
-            None if source is None else Path(source),
+            _path("output", output),
+            None if source is None else _path("source", source),
             workers=_positive("workers", workers),
             callback=callback,
         )
@@ -146,7 +144,16 @@ def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     return value
 
 
+def _path(name: str, path: str | os.PathLike[str]) -> Path:
+    # Path("") is the current folder, which an unset variable should not mean.
+    if not os.fspath(path):
+        raise ValueError(f"{name}: found an empty path, expected a file or a folder")
+    return Path(path)
+
+
 def _positive(name: str, value: int | None) -> int | None:
+    if value is not None and not isinstance(value, int):
+        raise TypeError(f"{name}: found {value!r}, expected an integer")
     if value is not None and not 1 <= value < 2**63:
         raise ValueError(f"{name}: found {value}, expected a positive 64-bit number")
     return value

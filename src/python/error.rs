@@ -38,6 +38,10 @@ impl From<Error> for PyErr {
         match fault {
             // Three arguments make OSError choose its subclass: FileNotFoundError, PermissionError, ...
             Error::Io { path, source } => match source.raw_os_error() {
+                // On Windows the code is not an errno but OSError's fourth argument, from which Python finds the errno.
+                #[cfg(windows)]
+                Some(code) => PyOSError::new_err((0, describe(&source), path.display().to_string(), code)),
+                #[cfg(not(windows))]
                 Some(errno) => PyOSError::new_err((errno, describe(&source), path.display().to_string())),
                 None => PyOSError::new_err(message),
             },
@@ -46,11 +50,7 @@ impl From<Error> for PyErr {
             }
             Error::Mapping { .. } => MappingError::new_err(message),
             Error::Overflow { .. } | Error::Output { .. } => ConversionError::new_err(message),
-            Error::Verification(report) => {
-                // The second argument becomes `report` in convert.py, which takes it out again.
-                let json = serde_json::to_string(&*report).expect("plain structs with string keys serialize");
-                VerificationError::new_err((message, json))
-            }
+            Error::Verification(_) => VerificationError::new_err(message),
             Error::Argument { .. } => PyValueError::new_err(message),
             Error::Cancelled => PyKeyboardInterrupt::new_err(()),
         }

@@ -100,7 +100,7 @@ fn convert(
 ) -> PyResult<String> {
     let options: Options = from_json("options", options)?;
     let mode = Mode { resume, overwrite, verify };
-    let resources = Resources { max_memory, ..resources(workers) };
+    let resources = Resources { max_memory, ..Resources::default() }.with_workers(workers);
     run_job(py, callback.as_ref(), |observer| crate::convert(&source, &output, &options, mode, resources, observer))
         .map(|report| to_json(&report))
 }
@@ -115,8 +115,10 @@ fn verify(
     workers: Option<usize>,
     callback: Option<Py<PyAny>>,
 ) -> PyResult<String> {
-    run_job(py, callback.as_ref(), |observer| crate::verify(&output, source.as_deref(), resources(workers), observer))
-        .map(|report| to_json(&report))
+    run_job(py, callback.as_ref(), |observer| {
+        crate::verify(&output, source.as_deref(), Resources::default().with_workers(workers), observer)
+    })
+    .map(|report| to_json(&report))
 }
 
 /// Writes random safetensors files; `files` is JSON. Returns the bytes of tensor data.
@@ -131,7 +133,9 @@ fn synthesize(
     callback: Option<Py<PyAny>>,
 ) -> PyResult<u64> {
     let files: OrderedMap<OrderedMap<synthetic::RandomTensor>> = from_json("files", files)?;
-    run_job(py, callback.as_ref(), |observer| synthetic::write(&folder, &files, seed, resources(workers), observer))
+    run_job(py, callback.as_ref(), |observer| {
+        synthetic::write(&folder, &files, seed, Resources::default().with_workers(workers), observer)
+    })
 }
 
 /// Runs the command line. Returns the exit status.
@@ -167,6 +171,12 @@ fn run_job<T: Send>(
     });
     match (result, raised) {
         (Err(Error::Cancelled), Some(exception)) => Err(exception),
+        (Err(Error::Verification(report)), _) => {
+            let json = to_json(&*report);
+            let exception = PyErr::from(Error::Verification(report));
+            exception.value(py).setattr("report", json)?;
+            Err(exception)
+        }
         (result, _) => Ok(result?),
     }
 }
@@ -187,11 +197,6 @@ fn deliver(py: Python<'_>, callback: Option<&Py<PyAny>>, event: &Event<'_>) -> P
         )?;
     }
     Ok(())
-}
-
-fn resources(workers: Option<usize>) -> Resources {
-    let default = Resources::default();
-    Resources { workers: workers.unwrap_or(default.workers), ..default }
 }
 
 fn from_json<T: serde::de::DeserializeOwned>(name: &'static str, json: &str) -> Result<T> {

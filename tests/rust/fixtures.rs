@@ -9,6 +9,7 @@ use safetensors::tensor::TensorView;
 use tensorport::Checkpoint;
 use tensorport::checkpoint::TensorSpec;
 use tensorport::convert::{ConversionReport, Mode};
+use tensorport::manifest::{Manifest, TensorInfo};
 use tensorport::plan::{Mxfp4Mode, Options, Precision};
 use tensorport::progress;
 use tensorport::verify::VerificationReport;
@@ -235,4 +236,15 @@ pub const VERIFY: Mode = Mode { resume: false, overwrite: false, verify: true };
 /// Whether the name of a file has this extension, as our own files spell it.
 pub fn is_a(name: &str, extension: &str) -> bool {
     Path::new(name).extension().is_some_and(|found| found == extension)
+}
+
+/// The manifest of a tree.
+pub fn read_manifest(tree: &Path) -> Manifest {
+    let path = tree.join("manifest.json");
+    Manifest::from_bytes(&path, &fs::read(&path).unwrap()).unwrap()
+}
+
+/// A tensor of a manifest.
+pub fn tensor_info<'a>(manifest: &'a Manifest, name: &str) -> &'a TensorInfo {
+    &manifest.tensors.0.iter().find(|(found, _)| found == name).unwrap().1
 }

@@ -148,7 +148,7 @@ fn misfits_are_named_and_do_not_pair() {
         let pairing = pair(&candidates(&tensors));
         assert_eq!(names(&pairing), [""; 0], "{tensors:?}");
         assert!(!pairing.misfits.is_empty(), "{tensors:?}");
-        let message = pairing.misfits[0].1.to_string();
+        let message = pairing.misfits[0].fault.to_string();
         assert!(message.contains(&format!("{culprit:?}")) && message.contains("m.safetensors"), "{message}");
     }
 }

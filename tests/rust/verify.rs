@@ -10,7 +10,9 @@ use tensorport::manifest::Manifest;
 use tensorport::plan::{Mxfp4Mode, Options, Precision};
 use tensorport::verify::{Failure, VerificationReport};
 
-use crate::fixtures::{Tensor, convert, read_tree, small_shards, verify, write, write_model};
+use crate::fixtures::{
+    Tensor, convert, read_manifest, read_tree, small_shards, tensor_info, verify, write, write_model,
+};
 
 /// A tree of small files, of which one tensor is split, with a side file.
 fn small_tree() -> (tempfile::TempDir, PathBuf) {
@@ -33,7 +35,7 @@ fn small_tree() -> (tempfile::TempDir, PathBuf) {
 
 /// The two files of the tensor that is split.
 fn parts(output: &Path) -> Vec<String> {
-    let files = Manifest::read(output).unwrap().tensors.get("a.weight").unwrap().files.clone();
+    let files = tensor_info(&read_manifest(output), "a.weight").files.clone();
     assert_eq!(files.len(), 2);
     files
 }

@@ -1,0 +1,279 @@
+//! Re-reads tensors that a conversion wrote: sizes, headers, checksums, and the values that the source makes.
+
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use crate::cast::Counts;
+use crate::checksum::{TensorChecksums, TensorHasher};
+use crate::error::{Error, Result};
+use crate::file;
+use crate::plan::PlannedTensor;
+use crate::progress::{Observer, Phase, Progress};
+use crate::transform::{self, Producer};
+use crate::verify::{self, Failure, Source};
+use crate::work::{self, Chunk, Job, Pool, lock};
+
+/// One tensor to be re-read.
+pub(crate) struct CheckTensor<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its files, in order.
+    pub files: Vec<CheckFile<'a>>,
+    /// Hashes of its data.
+    pub checksums: TensorChecksums,
+    /// Values that overflow and underflow, where they are to be compared with the source.
+    pub counts: Option<(u64, u64)>,
+    /// How to make it from the source, when its values are to be compared.
+    pub planned: Option<&'a PlannedTensor>,
+}
+
+/// One file of a tensor to be re-read.
+pub(crate) struct CheckFile<'a> {
+    /// Path relative to the tree.
+    pub path: &'a str,
+    /// Bytes that it begins with.
+    pub header: Vec<u8>,
+    /// Its size.
+    pub nbytes: u64,
+    /// Where the data begins.
+    pub offset: u64,
+    /// Which bytes of the tensor it holds.
+    pub data: Range<u64>,
+}
+
+impl CheckTensor<'_> {
+    /// Bytes of its data.
+    pub fn nbytes(&self) -> u64 {
+        self.files.last().map_or(0, |file| file.data.end)
+    }
+
+    fn failure(&self, file: &CheckFile<'_>, what: String) -> Failure {
+        Failure { file: file.path.to_owned(), tensor: Some(self.name.to_owned()), what }
+    }
+
+    fn unit_bytes(&self) -> u64 {
+        self.planned.map_or(1, |tensor| tensor.transform.output_unit_bytes())
+    }
+}
+
+/// Re-reads tensors of the tree at `root` and returns what is wrong with them, in their order.
+pub(crate) fn check_tensors(
+    phase: Phase,
+    root: &Path,
+    tensors: &[CheckTensor<'_>],
+    source: Option<&Source<'_>>,
+    pool: Pool,
+    observer: &mut Observer<'_>,
+) -> Result<Vec<Failure>> {
+    let mut failures = Vec::new();
+    let mut whole = vec![true; tensors.len()];
+    for (item, tensor) in tensors.iter().enumerate() {
+        // Sizes and headers first: a manifest can claim any number of bytes, but only those that are there are read.
+        for file in &tensor.files {
+            if let Err(fault) = open_checked(&root.join(file.path), file) {
+                failures.push((item, tensor.failure(file, read_fault(fault)?)));
+                whole[item] = false;
+            }
+        }
+    }
+    let names = tensors.iter().map(|tensor| tensor.name).collect();
+    let nbytes = tensors.iter().zip(&whole).filter(|(_, whole)| **whole).map(|(tensor, _)| tensor.nbytes()).sum();
+    let progress = Progress::new(phase, names, nbytes);
+    let chunks = tensors.iter().enumerate().filter(|(item, _)| whole[*item]).flat_map(|(item, tensor)| {
+        let unit_bytes = tensor.unit_bytes();
+        let pieces = tensor.files.iter().map(move |file| file.data.start / unit_bytes..file.data.end / unit_bytes);
+        let chunk_units = match tensor.planned {
+            // The written bytes need a buffer beside the expected ones.
+            Some(planned) => transform::chunk_units(planned.transform, pool.worker_bytes / 2),
+            None => pool.worker_bytes,
+        };
+        work::chunks(item, pieces, chunk_units)
+    });
+    let job = CheckJob { root, tensors, source, progress: &progress, failures: Mutex::new(failures) };
+    work::run(&job, chunks, tensors.len(), pool.workers, &progress, observer)?;
+    let mut failures = job.failures.into_inner().unwrap_or_else(PoisonError::into_inner);
+    failures.sort_by_key(|(item, _)| *item);
+    Ok(failures.into_iter().map(|(_, failure)| failure).collect())
+}
+
+struct CheckJob<'a> {
+    root: &'a Path,
+    tensors: &'a [CheckTensor<'a>],
+    source: Option<&'a Source<'a>>,
+    progress: &'a Progress<'a>,
+    failures: Mutex<Vec<(usize, Failure)>>,
+}
+
+struct CheckScratch<'a> {
+    producer: Option<Producer<'a>>,
+    /// The file read last: item, piece, handle.
+    handle: Option<(usize, usize, File)>,
+    written: Vec<u8>,
+    written_bytes: usize,
+    counts: Counts,
+    /// What is wrong with the chunk at hand.
+    fault: Option<Fault>,
+}
+
+/// What is wrong with a chunk.
+enum Fault {
+    /// The file is not there, too short, or begins wrongly: nothing more can be said of the tensor.
+    File(String),
+    /// The values differ from the source's.
+    Value(String),
+}
+
+struct CheckState {
+    hasher: TensorHasher,
+    counts: Counts,
+    broken: bool,
+    differs: bool,
+}
+
+impl<'a> Job for CheckJob<'a> {
+    type Scratch = CheckScratch<'a>;
+    type State = CheckState;
+
+    fn scratch(&self) -> Self::Scratch {
+        CheckScratch {
+            producer: self.source.map(|source| Producer::new(source.checkpoint, source.on_overflow)),
+            handle: None,
+            written: Vec::new(),
+            written_bytes: 0,
+            counts: Counts::default(),
+            fault: None,
+        }
+    }
+
+    fn begin(&self, item: usize) -> CheckState {
+        let hasher = TensorHasher::new(self.tensors[item].files.len());
+        CheckState { hasher, counts: Counts::default(), broken: false, differs: false }
+    }
+
+    fn process(&self, chunk: &Chunk, scratch: &mut Self::Scratch) -> Result<()> {
+        let tensor = &self.tensors[chunk.item];
+        let unit_bytes = tensor.unit_bytes();
+        let nbytes = (chunk.units.end - chunk.units.start) * unit_bytes;
+        scratch.written_bytes = usize::try_from(nbytes).expect("no more than a worker's buffer");
+        transform::grow(&mut scratch.written, scratch.written_bytes);
+        let start = chunk.units.start * unit_bytes;
+        scratch.fault = self.read(chunk, scratch, start).err().map(read_fault).transpose()?.map(Fault::File);
+        if let (None, Some(planned), Some(producer)) = (&scratch.fault, tensor.planned, &mut scratch.producer) {
+            scratch.counts = producer.produce(planned, &chunk.units)?;
+            let written = &scratch.written[..scratch.written_bytes];
+            scratch.fault = difference(planned, start, written, producer.output()).map(Fault::Value);
+        }
+        self.progress.add_bytes(nbytes);
+        Ok(())
+    }
+
+    fn commit(&self, chunk: &Chunk, scratch: &mut Self::Scratch, state: &mut CheckState) -> Result<()> {
+        match scratch.fault.take() {
+            // The first fault of each kind is enough.
+            Some(Fault::File(what)) if !state.broken => {
+                state.broken = true;
+                self.fail(chunk.item, chunk.piece, what);
+            }
+            Some(Fault::Value(what)) if !state.differs => {
+                state.differs = true;
+                self.fail(chunk.item, chunk.piece, what);
+            }
+            _ => {}
+        }
+        state.hasher.update(&scratch.written[..scratch.written_bytes], chunk.ends_piece);
+        state.counts.merge(std::mem::take(&mut scratch.counts));
+        Ok(())
+    }
+
+    fn finish(&self, item: usize, state: CheckState) -> Result<()> {
+        if state.broken {
+            return Ok(());
+        }
+        let tensor = &self.tensors[item];
+        let found = state.hasher.finish();
+        for (piece, (found, expected)) in found.parts.iter().zip(&tensor.checksums.parts).enumerate() {
+            if found != expected {
+                self.fail(item, piece, "its checksum does not hold".into());
+            }
+        }
+        if found.whole != tensor.checksums.whole && found.parts == tensor.checksums.parts {
+            self.failures()
+                .push((item, verify::in_manifest(Some(tensor.name), "xxh3_128 is not that of the tensor".into())));
+        }
+        let counted = (state.counts.overflow, state.counts.underflow);
+        if tensor.planned.is_some() && tensor.counts.is_some_and(|told| told != counted) {
+            let what = format!("overflow and underflow: found {:?}, expected {counted:?}", tensor.counts);
+            self.failures().push((item, verify::in_manifest(Some(tensor.name), what)));
+        }
+        Ok(())
+    }
+}
+
+impl CheckJob<'_> {
+    /// Reads a chunk of a written tensor, after checking its file when it is opened.
+    fn read(&self, chunk: &Chunk, scratch: &mut CheckScratch<'_>, start: u64) -> Result<()> {
+        let file = &self.tensors[chunk.item].files[chunk.piece];
+        let path = self.root.join(file.path);
+        let handle = match &mut scratch.handle {
+            Some((item, piece, handle)) if (*item, *piece) == (chunk.item, chunk.piece) => handle,
+            slot => &mut slot.insert((chunk.item, chunk.piece, open_checked(&path, file)?)).2,
+        };
+        file::read_exact_at(
+            &path,
+            handle,
+            &mut scratch.written[..scratch.written_bytes],
+            file.offset + (start - file.data.start),
+        )
+    }
+
+    fn fail(&self, item: usize, piece: usize, what: String) {
+        let tensor = &self.tensors[item];
+        self.failures().push((item, tensor.failure(&tensor.files[piece], what)));
+    }
+
+    fn failures(&self) -> MutexGuard<'_, Vec<(usize, Failure)>> {
+        lock(&self.failures)
+    }
+}
+
+fn open_checked(path: &Path, expected: &CheckFile<'_>) -> Result<File> {
+    let (handle, stat) = file::open_regular(path)?;
+    if stat.len() != expected.nbytes {
+        return Err(Error::file(path, format_args!("{} bytes", stat.len()), format_args!("{}", expected.nbytes)));
+    }
+    let mut header = vec![0; expected.header.len()];
+    file::read_exact_at(path, &handle, &mut header, 0)?;
+    if header != expected.header {
+        return Err(Error::file(path, "another npy header", "the one for its dtype and shape"));
+    }
+    Ok(handle)
+}
+
+/// Where a tensor differs from the source first, if it does.
+fn difference(planned: &PlannedTensor, start: u64, written: &[u8], expected: &[u8]) -> Option<String> {
+    if written == expected {
+        return None;
+    }
+    let at = written.iter().zip(expected).position(|(a, b)| a != b)?;
+    let itemsize = planned.dtype.bitsize().div_ceil(8);
+    let first = at - at % itemsize;
+    let element = (start + first as u64) / itemsize as u64;
+    let end = (first + itemsize).min(written.len());
+    Some(format!(
+        "element {element} holds bytes {:02x?}, the source makes them {:02x?}",
+        &written[first..end],
+        &expected[first..end]
+    ))
+}
+
+/// A fault of a file of the tree, in words; faults that say nothing about the tree stay errors.
+pub(crate) fn read_fault(fault: Error) -> Result<String> {
+    match fault {
+        Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Ok("missing".into()),
+        Error::Io { source, .. } => Ok(format!("cannot be read: {source}")),
+        Error::MalformedFile { found, expected, .. } => Ok(format!("found {found}, expected {expected}")),
+        other => Err(other),
+    }
+}
