@@ -193,14 +193,18 @@ impl<'a> Job for CheckJob<'a> {
         }
         let tensor = &self.tensors[item];
         let found = state.hasher.finish();
-        for (piece, (found, expected)) in found.parts.iter().zip(&tensor.checksums.parts).enumerate() {
+        let told = &tensor.checksums;
+        for (piece, (found, expected)) in found.parts.iter().zip(&told.parts).enumerate() {
             if found != expected {
                 self.fail(item, piece, "its checksum does not hold".into());
             }
         }
-        if found.whole != tensor.checksums.whole && found.parts == tensor.checksums.parts {
-            self.failures()
-                .push((item, verify::in_manifest(Some(tensor.name), "xxh3_128 is not that of the tensor".into())));
+        let (same_number, same_parts) = (found.parts.len() == told.parts.len(), found.parts == told.parts);
+        if !same_number || (same_parts && found.whole != told.whole) {
+            self.failures().push((
+                item,
+                verify::in_manifest(Some(tensor.name), "its checksums are not those of its parts".into()),
+            ));
         }
         let counted = (state.counts.overflow, state.counts.underflow);
         if tensor.planned.is_some() && tensor.counts.is_some_and(|told| told != counted) {

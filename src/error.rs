@@ -171,7 +171,11 @@ fn shorten(text: &str) -> String {
 /// Text whose control characters other than line feeds are escaped as JSON does: none of them reaches a terminal.
 #[must_use]
 pub(crate) fn printable(text: &str) -> Cow<'_, str> {
-    let is_hostile = |c: char| c.is_control() && c != '\n';
+    // Control characters, and those that reverse the direction of what follows.
+    let is_hostile = |c: char| {
+        c.is_control() && c != '\n'
+            || matches!(c, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
     if !text.contains(is_hostile) {
         return Cow::Borrowed(text);
     }

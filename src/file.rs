@@ -116,7 +116,7 @@ pub fn publish(file: &File, temporary: &Path, path: &Path) -> Result<()> {
 /// Keeps other processes, and other threads of this one, out of a folder while it lives.
 #[derive(Debug)]
 pub struct FolderLock {
-    _file: File,
+    file: File,
     #[cfg(not(unix))]
     path: std::path::PathBuf,
 }
@@ -138,17 +138,18 @@ pub fn lock_folder(folder: &Path) -> Result<Option<FolderLock>> {
     match file.try_lock() {
         Err(TryLockError::WouldBlock) => Ok(None),
         Ok(()) | Err(TryLockError::Error(_)) => Ok(Some(FolderLock {
-            _file: file,
+            file,
             #[cfg(not(unix))]
             path,
         })),
     }
 }
 
-#[cfg(not(unix))]
 impl Drop for FolderLock {
     fn drop(&mut self) {
-        // Nothing to do about a failure: the next conversion takes the file over.
+        // By name, for a forked child may hold the handle too. Nothing to do about a failure.
+        let _ = self.file.unlock();
+        #[cfg(not(unix))]
         let _ = std::fs::remove_file(&self.path);
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{Read, Seek, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,9 @@ use crate::plan::Options;
 
 /// Name of the journal in an unfinished tree.
 pub const JOURNAL_NAME: &str = "journal.jsonl";
+
+/// Largest journal that is read.
+const MAX_JOURNAL_BYTES: u64 = 500_000_000;
 
 /// Version of the journal's lines.
 const JOURNAL_VERSION: u64 = 1;
@@ -52,9 +55,6 @@ pub struct Entry {
     /// Source values that became zero and were not.
     pub underflow: u64,
 }
-
-/// A journal that was found: its header, and the tensors it lists as whole.
-pub type Begun = (Journal, Header, HashMap<String, Entry>);
 
 impl Entry {
     /// The checksums of the tensor.
@@ -116,24 +116,28 @@ impl Journal {
         Ok(journal)
     }
 
-    /// Reads the journal in `folder`, if there is one: its header and the tensors it lists.
-    ///
-    /// A torn last line, as a kill leaves it, is cut off.
-    pub fn open(folder: &Path) -> Result<Option<Begun>> {
+    /// Reads the journal in `folder`, if there is one: its header and the tensors it lists. Changes nothing.
+    pub fn read(folder: &Path) -> Result<Option<(Header, HashMap<String, Entry>)>> {
         let path = folder.join(JOURNAL_NAME);
-        let mut file = match File::options().read(true).append(true).open(&path) {
-            Ok(file) => file,
+        match std::fs::symlink_metadata(&path) {
             Err(fault) if fault.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(fault) => return Err(Error::io(&path, fault)),
-        };
-        let mut bytes = Vec::new();
-        file.rewind().and_then(|()| file.read_to_end(&mut bytes)).map_err(|fault| Error::io(&path, fault))?;
-        let journal = Self { path, file };
-        let (header, entries, whole) = parse(&journal.path, &bytes)?;
-        if whole < bytes.len() {
-            journal.file.set_len(whole as u64).map_err(|fault| Error::io(&journal.path, fault))?;
+            Ok(stat) if !stat.is_file() => {
+                return Err(Error::output(&path, "no regular file", "the journal of a conversion"));
+            }
+            Ok(_) => {}
         }
-        Ok(Some((journal, header, entries)))
+        let (header, entries, _) = parse(&path, &file::read_bounded(&path, MAX_JOURNAL_BYTES)?)?;
+        Ok(Some((header, entries)))
+    }
+
+    /// Goes on with the journal in `folder`, which [`Journal::read`] has read. A torn last line is cut off.
+    pub fn resume(folder: &Path) -> Result<Self> {
+        let path = folder.join(JOURNAL_NAME);
+        let (_, _, whole) = parse(&path, &file::read_bounded(&path, MAX_JOURNAL_BYTES)?)?;
+        let file = File::options().append(true).open(&path).map_err(|fault| Error::io(&path, fault))?;
+        file.set_len(whole as u64).map_err(|fault| Error::io(&path, fault))?;
+        Ok(Self { path, file })
     }
 
     /// Adds a line, in one write.

@@ -5,7 +5,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::{Checkpoint, Fingerprint};
+use crate::checkpoint::Checkpoint;
 use crate::convert::Mode;
 use crate::error::{Error, Result};
 use crate::file::{self, FolderLock};
@@ -32,8 +32,7 @@ pub(crate) enum Prepared {
 
 /// What the conversion will leave in the folder, and from what.
 pub(crate) struct Expected<'a> {
-    root: &'a Path,
-    source: &'a [Fingerprint],
+    checkpoint: &'a Checkpoint,
     options: &'a Options,
     header: Header,
 }
@@ -42,18 +41,13 @@ impl<'a> Expected<'a> {
     pub fn new(checkpoint: &'a Checkpoint, plan: &Plan, side_files: &[SideFile], options: &'a Options) -> Self {
         let side_files = side_files.iter().map(|file| file.name.clone());
         let files = plan.files.iter().map(|file| file.path.clone()).chain(side_files).collect();
-        Self {
-            root: checkpoint.root(),
-            source: checkpoint.fingerprints(),
-            options,
-            header: Header::new(checkpoint, options, files),
-        }
+        Self { checkpoint, options, header: Header::new(checkpoint, options, files) }
     }
 
     /// Whether a finished tree may be what this conversion would write: its bytes have yet to be compared.
     fn may_be(&self, manifest: &Manifest) -> bool {
         manifest.options == *self.options
-            && manifest.source.files == self.source
+            && manifest.source.files == self.checkpoint.fingerprints()
             && manifest.tensorport_version == env!("CARGO_PKG_VERSION")
     }
 }
@@ -66,11 +60,12 @@ impl OutputFolder {
             let found = "another conversion that is writing here now";
             Error::output(path, found, "one conversion at a time into a folder")
         })?;
-        refuse_source(path, expected.root)?;
+        refuse_source(path, expected.checkpoint)?;
         let mut header = expected.header.clone();
-        let (journal, listed) = if let Some((journal, begun, entries)) = Journal::open(path)? {
+        let (journal, listed) = if let Some((begun, entries)) = Journal::read(path)? {
             let difference = begun.difference(&header);
             if mode.resume && difference.is_none() {
+                let journal = Journal::resume(path)?;
                 remove_leftovers(path, &begun)?;
                 (journal, entries)
             } else if mode.overwrite {
@@ -129,13 +124,16 @@ fn create(path: &Path) -> Result<()> {
     absolute.parent().map_or(Ok(()), file::sync_folder)
 }
 
-/// A tree cannot be converted into itself.
-fn refuse_source(path: &Path, source: &Path) -> Result<()> {
+/// A tree cannot be converted into itself, not even through links to its files.
+fn refuse_source(path: &Path, source: &Checkpoint) -> Result<()> {
     let canonical = |path: &Path| std::fs::canonicalize(path).map_err(|fault| Error::io(path, fault));
-    let (output, root) = (canonical(path)?, canonical(source)?);
-    if root.starts_with(&output) {
-        let found = format_args!("the source {} in it", source.display());
-        return Err(Error::output(path, found, "an output folder that does not hold the source"));
+    let output = canonical(path)?;
+    let files = source.files().iter().map(|file| file.path.as_path());
+    for of_source in std::iter::once(source.root()).chain(files) {
+        if canonical(of_source)?.starts_with(&output) {
+            let found = format_args!("the source {} in it", of_source.display());
+            return Err(Error::output(path, found, "an output folder that does not hold the source"));
+        }
     }
     Ok(())
 }
@@ -148,7 +146,8 @@ fn finished(path: &Path) -> Result<Option<(Manifest, bool)>> {
     }
     let bytes = file::read_bounded(&manifest_path, manifest::MAX_MANIFEST_BYTES)?;
     let manifest = Manifest::from_bytes(&manifest_path, &bytes).map_err(|fault| {
-        Error::output(path, format_args!("a manifest.json that is not ours ({fault})"), "an empty folder")
+        let found = format_args!("a manifest.json that cannot be read ({fault})");
+        Error::output(path, found, "an empty folder; what it holds has to be deleted by hand")
     })?;
     Ok(Some((manifest, Manifest::self_hash_holds(&bytes))))
 }

@@ -252,7 +252,11 @@ pub fn plan<'a>(
     if planned.is_empty() && !tensors.is_empty() {
         return Err(Error::Mapping {
             found: format!("{} tensors, none of them selected", tensors.len()),
-            expected: format!("include {:?} and exclude {:?} to leave some", options.include, options.exclude),
+            expected: format!(
+                "include {} and exclude {} to leave some",
+                patterns(options.include.as_deref()),
+                patterns(options.exclude.as_deref())
+            ),
         });
     }
     let outputs: Vec<_> = planned
@@ -271,6 +275,10 @@ pub fn plan<'a>(
         Format::NumpyDirect => place_numpy_direct(&mut planned, shard_bytes, &mut warnings)?,
     };
     Ok(Plan { tensors: planned, files, shards, total_parameters, stored_elements, warnings })
+}
+
+fn patterns(globs: Option<&[String]>) -> String {
+    globs.map_or_else(|| "(not given)".into(), |globs| format!("{globs:?}"))
 }
 
 /// The selected tensors outside `halves`, copied or cast, each with its position in the source.

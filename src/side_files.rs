@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::Serialize;
 use serde_json::value::RawValue;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -29,6 +30,9 @@ const COPIED_SUFFIXES: [&str; 6] = [".json", ".jinja", ".txt", ".model", ".tikto
 
 /// Beginnings of files without an ending that travel with a checkpoint.
 const COPIED_PREFIXES: [&str; 3] = ["LICENSE", "NOTICE", "USAGE_POLICY"];
+
+/// Longest name of a copied file: the temporary suffix fits behind it.
+const MAX_NAME_BYTES: usize = 240;
 
 /// Largest configuration that is corrected.
 const MAX_CONFIG_BYTES: u64 = 100_000_000;
@@ -107,8 +111,9 @@ impl SideFile {
 }
 
 fn is_copied(name: &str) -> bool {
-    // A name that a manifest could not list stays behind: it could not be verified.
-    manifest::tree_path(Path::new(""), name).is_some()
+    // A name that a manifest could not list, or that leaves no room for a suffix, stays behind.
+    name.len() <= MAX_NAME_BYTES
+        && manifest::tree_path(Path::new(""), name).is_some()
         && !name.starts_with('.')
         && !name.ends_with(".safetensors.index.json")
         && !OWN_NAMES.iter().any(|own| own.eq_ignore_ascii_case(name))
@@ -126,26 +131,95 @@ fn corrected_config(path: &Path, plan: &Plan, options: &Options) -> Result<Optio
     }
     let bytes = file::read_bounded(path, MAX_CONFIG_BYTES)?;
     // Raw values: what is not edited stays as it is written, to the last digit.
-    let mut config: OrderedMap<Box<RawValue>> = serde_json::from_slice(&bytes)
+    let text = String::from_utf8_lossy(&bytes);
+    let mut config: RawObject = serde_json::from_str(&quote_constants(&text))
         .map_err(|fault| Error::file(path, fault, "a model configuration: a JSON object"))?;
     if is_dequantized {
         config.0.retain(|(key, _)| key != "quantization_config");
     }
-    // transformers wrote torch_dtype up to 4.55 and dtype since; both are read.
     let dtype = match options.precision.target() {
         Some(target) => crate::dtype::name(target.dtype()),
         None => "bfloat16",
     };
-    let dtype = RawValue::from_string(format!("\"{dtype}\"")).expect("a quoted name is JSON");
-    let mut is_named = false;
-    for (_, value) in config.0.iter_mut().filter(|(key, _)| key == "dtype" || key == "torch_dtype") {
-        value.clone_from(&dtype);
-        is_named = true;
-    }
-    if !is_named {
+    let dtype = raw(&dtype);
+    if !correct_dtype(&mut config, &dtype) {
         config.0.push(("dtype".into(), dtype));
     }
     let mut text = serde_json::to_string_pretty(&config).expect("a JSON object serializes");
     text.push('\n');
-    Ok(Some(text.into_bytes()))
+    Ok(Some(unquote_constants(&text).into_bytes()))
+}
+
+/// A JSON object whose values are kept as they are written.
+type RawObject = OrderedMap<Box<RawValue>>;
+
+fn raw(value: &impl Serialize) -> Box<RawValue> {
+    serde_json::value::to_raw_value(value).expect("JSON serializes")
+}
+
+/// Names the new dtype wherever the configuration, or one of a part of the model in it, names one.
+///
+/// transformers wrote `torch_dtype` up to 4.55 and `dtype` since; both are read. Returns whether the top level names one.
+fn correct_dtype(config: &mut RawObject, dtype: &RawValue) -> bool {
+    let mut is_named = false;
+    for (key, value) in &mut config.0 {
+        if key == "dtype" || key == "torch_dtype" {
+            *value = dtype.to_owned();
+            is_named = true;
+        } else if key.ends_with("_config")
+            && let Ok(mut part) = serde_json::from_str::<RawObject>(value.get())
+            && correct_dtype(&mut part, dtype)
+        {
+            *value = raw(&part);
+        }
+    }
+    is_named
+}
+
+/// Constants that Python's json writes and JSON does not know, longest first.
+const CONSTANTS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
+
+/// What a constant is quoted with; a control character, which no JSON text holds as such.
+const QUOTE: &str = "\\u0000tensorport ";
+
+/// The text with the constants outside strings as strings, so that it is JSON.
+fn quote_constants(text: &str) -> String {
+    let (mut quoted, mut rest) = (String::with_capacity(text.len()), text);
+    let mut in_string = false;
+    while let Some(c) = rest.chars().next() {
+        let constant = CONSTANTS.iter().find(|constant| !in_string && rest.starts_with(**constant));
+        let taken = if let Some(constant) = constant {
+            quoted += &format!("\"{QUOTE}{constant}\"");
+            constant.len()
+        } else if in_string && c == '\\' {
+            let escape = rest.chars().take(2).map(char::len_utf8).sum();
+            quoted.push_str(&rest[..escape]);
+            escape
+        } else {
+            in_string ^= c == '"';
+            quoted.push(c);
+            c.len_utf8()
+        };
+        rest = &rest[taken..];
+    }
+    quoted
+}
+
+/// Undoes [`quote_constants`].
+fn unquote_constants(text: &str) -> String {
+    CONSTANTS.iter().fold(text.to_owned(), |text, constant| text.replace(&format!("\"{QUOTE}{constant}\""), constant))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn python_constants_survive() {
+        let text = r#"{"a": [0.0, Infinity, -Infinity], "b": "NaN \" Infinity", "c": NaN}"#;
+        let quoted = quote_constants(text);
+        let parsed: RawObject = serde_json::from_str(&quoted).unwrap();
+        assert_eq!(parsed.0.len(), 3);
+        assert_eq!(unquote_constants(&quoted), text);
+    }
 }

@@ -73,8 +73,10 @@ def convert(
         ValueError: an argument is out of its range.
         KeyboardInterrupt: after Ctrl-C; `resume=True` goes on.
     """
-    if not 0 < shard_size < float("inf"):
-        raise ValueError(f"shard_size: found {shard_size}, expected a positive number of GB")
+    if not isinstance(shard_size, int | float):
+        raise TypeError(f"shard_size: found {shard_size!r}, expected a number of GB")
+    if not 0 < shard_size < 9e9:
+        raise ValueError(f"shard_size: found {shard_size}, expected a positive number of GB below 9e9")
     options = {
         "format": _FORMATS[_choice("format", format, tuple(_FORMATS))],
         "precision": _choice("precision", precision, _PRECISIONS),
@@ -98,9 +100,9 @@ def convert(
                 callback=callback,
             )
         except VerificationError as fault:
-            fault.report = VerificationReport._from_json(fault.report)
+            fault.report = VerificationReport._from_json(fault.report, Path(output))
             raise
-    result = ConversionReport._from_json(report)
+    result = ConversionReport._from_json(report, Path(output))
     for warning in result.warnings:
         python_warnings.warn(warning, stacklevel=2)
     return result
@@ -135,7 +137,7 @@ def verify(
             workers=_positive("workers", workers),
             callback=callback,
         )
-    return VerificationReport._from_json(text)
+    return VerificationReport._from_json(text, Path(output))
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,7 +40,7 @@ on the calling thread, and stops the job by raising."""
 @contextlib.contextmanager
 def observe(progress: Progress) -> Iterator[Callable[[str, int, int, int, int, str], None] | None]:
     """The callback for the extension module that `progress` asks for, and its clean-up."""
-    if progress is False:
+    if progress is False or (progress is True and sys.stderr is None):
         yield None
     elif progress is True:
         with contextlib.closing(_Bar()) as bar:

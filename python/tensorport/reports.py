@@ -95,9 +95,9 @@ class ConversionReport(_Report):
     seconds: float
 
     @classmethod
-    def _from_json(cls, text: str) -> "ConversionReport":
-        fields = json.loads(text)
-        fields["output"] = Path(fields["output"])
+    def _from_json(cls, text: str, output: Path) -> "ConversionReport":
+        # The path comes from the caller: JSON cannot hold one that is not UTF-8.
+        fields = json.loads(text) | {"output": output}
         for name in ("copied_files", "edited_files", "warnings"):
             fields[name] = tuple(fields[name])
         return cls(**fields)
@@ -163,9 +163,8 @@ class VerificationReport(_Report):
     seconds: float
 
     @classmethod
-    def _from_json(cls, text: str) -> "VerificationReport":
-        fields = json.loads(text)
-        fields["output"] = Path(fields["output"])
+    def _from_json(cls, text: str, output: Path) -> "VerificationReport":
+        fields = json.loads(text) | {"output": output}
         fields["failures"] = tuple(VerificationFailure(**failure) for failure in fields["failures"])
         return cls(**fields)
 

@@ -12,8 +12,8 @@ def load_params(folder=Path(__file__).parent):
     for name, info in json.loads((Path(folder) / "manifest.json").read_bytes())["tensors"].items():
         parts = [jnp.load(Path(folder) / file) for file in info["files"]]
         array = parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-        is_packed = info["dtype"].startswith(("float4", "float6"))  # these stay packed bytes
-        if info["dtype"].startswith("float8"):
+        is_packed = info["dtype"].startswith(("float4_", "float6_"))  # these stay packed bytes
+        if info["dtype"].startswith("float8_"):
             array = array.view(info["dtype"])
         if str(array.dtype) != info["dtype"] and not is_packed:
             raise TypeError(f"{name} is {info['dtype']}: jax.config.update('jax_enable_x64', True) before loading")

@@ -40,9 +40,9 @@ impl From<Error> for PyErr {
             Error::Io { path, source } => match source.raw_os_error() {
                 // On Windows the code is not an errno but OSError's fourth argument, from which Python finds the errno.
                 #[cfg(windows)]
-                Some(code) => PyOSError::new_err((0, describe(&source), path.display().to_string(), code)),
+                Some(code) => PyOSError::new_err((0, describe(&source), path.into_os_string(), code)),
                 #[cfg(not(windows))]
-                Some(errno) => PyOSError::new_err((errno, describe(&source), path.display().to_string())),
+                Some(errno) => PyOSError::new_err((errno, describe(&source), path.into_os_string())),
                 None => PyOSError::new_err(message),
             },
             Error::MalformedFile { .. } | Error::MalformedTensor { .. } | Error::NoCheckpoint { .. } => {

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -294,3 +295,12 @@ def test_a_converted_tree_opens_like_its_source(
             assert not ours[name].flags.writeable
         splits = sum(len(spec.files) > 1 for spec in ours.specs.values())
         assert (splits > 0) == (shard_size < 1)
+
+
+def test_a_checkpoint_is_equal_to_itself_alone_and_can_be_pickled(golden_hf: Path) -> None:
+    checkpoint = tensorport.open(golden_hf)
+    assert checkpoint == checkpoint  # noqa: PLR0124 - comparing as mappings do would compare arrays
+    assert checkpoint != tensorport.open(golden_hf)
+    assert {checkpoint: 1}[checkpoint] == 1
+    again = pickle.loads(pickle.dumps(checkpoint))
+    assert (again.path, list(again)) == (checkpoint.path, list(checkpoint))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -229,3 +230,24 @@ def test_a_converted_tree_can_be_converted_again(tmp_path: Path, golden_hf: Path
     assert differing == {"manifest.json"}  # the fingerprint of the source
     assert read_manifest(second)["tensors"] == read_manifest(direct)["tensors"]
     assert tensorport.verify(second, first, progress=False).ok
+
+
+def test_the_trees_own_reader_refuses_to_narrow_64_bits(tmp_path: Path, write_safetensors: Write) -> None:
+    arrays = {"a": np.array([2**40 + 5, 7]), "b": np.array([1e300])}
+    for name, array in arrays.items():
+        tree = tmp_path / name
+        tensorport.convert(write_safetensors(tmp_path / f"{name}.safetensors", {name: array}), tree, progress=False)
+        command = [sys.executable, "-c", "from load_params import load_params; print(load_params())"]
+        plain = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tree, check=False)
+        assert plain.returncode == 1
+        assert f"TypeError: {name} is {array.dtype.name}" in plain.stderr
+        wide = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=tree,
+            check=True,
+            env=os.environ | {"JAX_ENABLE_X64": "1"},
+        )
+        assert array.dtype.name in wide.stdout

@@ -1,6 +1,7 @@
 """What convert() does with an output folder that is not new, and with files that are not its own."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,3 +233,87 @@ def test_numpy_is_another_name_of_the_format(tmp_path: Path, source: Path) -> No
     tensorport.convert(source, tmp_path / "b", format="numpy-direct", progress=False)
     assert tree_bytes(tmp_path / "a") == tree_bytes(tmp_path / "b")
     assert json.loads((tmp_path / "a" / "manifest.json").read_text())["format"] == "numpy-direct"
+
+
+def test_a_finished_tree_of_another_source_with_the_same_headers_is_not_resumed(
+    tmp_path: Path, write_safetensors: Write
+) -> None:
+    for name, first in (("one", 1.0), ("two", 7.0)):
+        (tmp_path / name).mkdir()
+        write_safetensors(tmp_path / name / "m.safetensors", {"a": np.arange(first, first + 3)})
+    tensorport.convert(tmp_path / "one", tmp_path / "tree", progress=False)
+    before = tree_bytes(tmp_path / "tree")
+    with pytest.raises(tensorport.ConversionError, match="another source"):
+        tensorport.convert(tmp_path / "two", tmp_path / "tree", resume=True, progress=False)
+    (tmp_path / "one" / "config.json").write_text("{}")
+    with pytest.raises(tensorport.ConversionError, match="another source"):
+        tensorport.convert(tmp_path / "one", tmp_path / "tree", resume=True, progress=False)
+    assert tree_bytes(tmp_path / "tree") == before
+
+
+@pytest.mark.parametrize("relative", ["x/link/data.txt", "../outside/data.txt", "x/data.txt"])
+def test_overwrite_deletes_no_file_that_a_conversion_could_not_have_written(
+    tmp_path: Path, source: Path, relative: str
+) -> None:
+    tree, outside = tmp_path / "tree", tmp_path / "outside"
+    tensorport.convert(source, tree, progress=False)
+    outside.mkdir()
+    (tree / "x").mkdir()
+    (tree / "x" / "link").symlink_to(outside)
+    victim = tree / relative
+    victim.write_bytes(b"mine")
+    manifest = json.loads((tree / "manifest.json").read_text())
+    manifest["side_files"][relative] = manifest["side_files"]["config.json"]
+    (tree / "manifest.json").write_text(json.dumps(manifest))
+    tensorport.convert(source, tree, overwrite=True, progress=False)
+    assert victim.read_bytes() == b"mine"
+
+
+def test_a_link_in_the_place_of_a_temporary_file_is_not_written_through(tmp_path: Path, source: Path) -> None:
+    tree, victim = tmp_path / "tree", tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    tree.mkdir()
+    (tree / "journal.jsonl.tmp").symlink_to(victim)
+    tensorport.convert(source, tree, progress=False)
+    assert victim.read_bytes() == b"mine"
+
+
+def test_a_source_of_links_into_the_output_is_refused(tmp_path: Path, source: Path) -> None:
+    tree, links = tmp_path / "tree", tmp_path / "links"
+    tensorport.convert(source, tree, progress=False)
+    (links / "shard_000").mkdir(parents=True)
+    for name in tree_bytes(tree):
+        (links / name).symlink_to(tree / name)
+    before = tree_bytes(tree)
+    with pytest.raises(tensorport.ConversionError, match="source"):
+        tensorport.convert(links, tree, overwrite=True, shard_size=4e-9, progress=False)
+    assert tree_bytes(tree) == before
+
+
+def test_a_refused_conversion_does_not_touch_a_journal(tmp_path: Path, source: Path) -> None:
+    tree, outside = tmp_path / "tree", tmp_path / "outside"
+    tree.mkdir()
+    for content in (b"torn", b'{"journal_version": 1}\n{"tensor"'):
+        outside.write_bytes(content)
+        (tree / "journal.jsonl").unlink(missing_ok=True)
+        (tree / "journal.jsonl").symlink_to(outside)
+        with pytest.raises(tensorport.ConversionError, match="journal"):
+            tensorport.convert(source, tree, progress=False)
+        assert outside.read_bytes() == content
+
+
+@pytest.mark.skipif(os.name == "nt", reason="paths are Unicode there")
+def test_a_path_that_is_not_utf8_is_reported_as_it_is(tmp_path: Path, source: Path) -> None:
+    tree = Path(os.fsdecode(os.fsencode(tmp_path) + b"/out\xff"))
+    assert tensorport.convert(source, tree, progress=False).output == tree
+    report = tensorport.verify(tree, source, progress=False)
+    assert (report.ok, report.output) == (True, tree)
+    with pytest.raises(FileNotFoundError) as fault:
+        tensorport.open(tree / "missing")
+    assert fault.value.filename == str(tree / "missing")
+
+
+def test_an_empty_path_is_not_the_current_folder(source: Path) -> None:
+    for call in (lambda: tensorport.open(""), lambda: tensorport.verify(""), lambda: tensorport.convert(source, "")):
+        with pytest.raises(ValueError, match="empty path"):
+            call()

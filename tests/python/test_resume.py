@@ -512,3 +512,18 @@ def test_a_read_only_folder_is_an_os_error(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(PermissionError) as fault:
         tensorport.convert(tiny, output, progress=False)
     assert (fault.value.errno, fault.value.filename) == (errno.EACCES, str(output / "journal.jsonl.tmp"))
+
+
+def test_a_journal_line_without_checksums_of_the_parts_vouches_for_nothing(
+    source: Path, tmp_path: Path, whole: Trees
+) -> None:
+    output = tmp_path / "out"
+    interrupt(source, output, **VARIANTS["source"])
+    lines = (output / "journal.jsonl").read_text().splitlines()
+    entry = json.loads(lines[1])
+    entry["part_xxh3_128"] = []
+    (output / "journal.jsonl").write_text("\n".join([lines[0], json.dumps(entry), *lines[2:]]) + "\n")
+    name = entry["tensor"].replace(".", "_")
+    flip_bit(next(output.glob(f"shard_*/{name}*.npy")))
+    tensorport.convert(source, output, resume=True, verify=False, progress=False, **VARIANTS["source"])
+    assert files(output) == whole["source"]

@@ -122,3 +122,27 @@ def test_a_single_file_brings_nothing_along(tmp_path: Path, source: Path) -> Non
     report = tensorport.convert(source / "model.safetensors", tmp_path / "tree", progress=False)
     assert report.copied_files == ()
     assert not (tmp_path / "tree" / "config.json").exists()
+
+
+def test_numbers_of_an_edited_configuration_keep_every_digit(tmp_path: Path, source: Path) -> None:
+    text = (
+        '{"a": 0.9806866256778739, "b": 123456789012345678901234567890, "c": [0.0, Infinity, -Infinity], "d": NaN,\n'
+        ' "s": "NaN, \\"Infinity", "torch_dtype": "float32", "text_config": {"torch_dtype": "float32", "e": 1e-05}}'
+    )
+    (source / "config.json").write_text(text)
+    tensorport.convert(source, tmp_path / "tree", precision="float16", progress=False)
+    edited = (tmp_path / "tree" / "config.json").read_text()
+    for kept in ("0.9806866256778739", "123456789012345678901234567890", "[0.0, Infinity, -Infinity]", "1e-05"):
+        assert kept in edited
+    before, after = json.loads(text), json.loads(edited)
+    assert (after.pop("torch_dtype"), after["text_config"].pop("torch_dtype")) == ("float16", "float16")
+    del before["torch_dtype"], before["text_config"]["torch_dtype"]
+    assert repr(after) == repr(before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="such names are not legal there")
+def test_files_that_a_manifest_cannot_list_stay_behind(tmp_path: Path, source: Path) -> None:
+    for name in ("notes:v1.txt", "a\\b.json", "n" * 248 + ".txt"):
+        (source / name).write_text("x")
+    report = tensorport.convert(source, tmp_path / "tree", progress=False)
+    assert (report.copied_files, report.verified) == ((), True)

