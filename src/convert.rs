@@ -312,7 +312,7 @@ impl Conversion<'_> {
         if !compared.ok || side_files != manifest.side_files.0 {
             let found = compared.failures.first().map_or("other side files".to_owned(), ToString::to_string);
             let found = format_args!("a finished tree of another source ({found})");
-            return Err(Error::output(self.output, found, "overwrite=True, or another folder"));
+            return Err(Error::output(self.output, found, "overwrite, or another folder"));
         }
         Ok(self.report(manifest, manifest.total_tensors, true, started))
     }

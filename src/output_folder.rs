@@ -74,20 +74,20 @@ impl OutputFolder {
                 (replace(path, &header)?, HashMap::new())
             } else {
                 let found = difference.unwrap_or_else(|| "an unfinished conversion".into());
-                let wanted = "resume=True with the same source and options, overwrite=True, or another folder";
+                let wanted = "resume with the same source and options, overwrite, or another folder";
                 return Err(Error::output(path, found, wanted));
             }
         } else if let Some((finished, is_unedited)) = finished(path)? {
             if mode.resume && expected.may_be(&finished) {
                 if !is_unedited {
-                    let wanted = "the manifest as it was written, or overwrite=True";
+                    let wanted = "the manifest as it was written, or overwrite";
                     return Err(Error::output(path, "a manifest.json that was edited or damaged", wanted));
                 }
                 return Ok(Prepared::Finished(Box::new(finished)));
             }
             if !mode.overwrite {
                 let found = if mode.resume { "a finished tree of another conversion" } else { "a finished tree" };
-                return Err(Error::output(path, found, "overwrite=True, or another folder"));
+                return Err(Error::output(path, found, "overwrite, or another folder"));
             }
             let tensor_files = finished.tensors.0.into_iter().flat_map(|(_, info)| info.files);
             let side_files = finished.side_files.0.into_iter().map(|(name, _)| name);
