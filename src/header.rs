@@ -160,14 +160,8 @@ pub(crate) fn tensor_nbytes(path: &Path, name: &str, dtype: Dtype, shape: &[u64]
     }
     // NumPy measures an empty array by its other dimensions.
     let itemsize = (dtype.bitsize() as u64).div_ceil(8);
-    let fits = |limit: u64| {
-        shape
-            .iter()
-            .filter(|&&dim| dim > 0)
-            .try_fold(itemsize, |bytes, &dim| bytes.checked_mul(dim))
-            .is_some_and(|bytes| bytes <= limit)
-    };
-    if !fits(i64::MAX as u64) {
+    let measured = shape.iter().filter(|&&dim| dim > 0).try_fold(itemsize, |bytes, &dim| bytes.checked_mul(dim));
+    if measured.is_none_or(|bytes| bytes > i64::MAX as u64) {
         return Err(fault("a size below 2^63 bytes"));
     }
     dtype::checked_nbytes(dtype, shape).ok_or_else(|| fault("a whole number of bytes"))

@@ -170,12 +170,10 @@ pub(crate) fn check_tree(
 ) -> Result<VerificationReport> {
     let started = Instant::now();
     let mut failures = Vec::new();
-    let planned: HashMap<&str, usize> = source
-        .map(|source| &source.plan.tensors)
+    let planned: HashMap<&str, &PlannedTensor> = source
         .into_iter()
-        .flatten()
-        .enumerate()
-        .map(|(index, tensor)| (tensor.name.as_str(), index))
+        .flat_map(|source| &source.plan.tensors)
+        .map(|tensor| (tensor.name.as_str(), tensor))
         .collect();
     let mut checks = Vec::with_capacity(manifest.tensors.0.len());
     for (name, info) in &manifest.tensors.0 {
@@ -187,13 +185,10 @@ pub(crate) fn check_tree(
             }
         };
         match (source, planned.get(name.as_str())) {
-            (Some(source), Some(&index)) => {
-                let tensor = &source.plan.tensors[index];
-                match compare_plan(info, tensor, source.plan) {
-                    Ok(()) => check.planned = Some(tensor),
-                    Err(what) => failures.push(in_manifest(Some(name), what)),
-                }
-            }
+            (Some(source), Some(&tensor)) => match compare_plan(info, tensor, source.plan) {
+                Ok(()) => check.planned = Some(tensor),
+                Err(what) => failures.push(in_manifest(Some(name), what)),
+            },
             (Some(_), None) => failures.push(in_manifest(Some(name), "not in the source".into())),
             (None, _) => {}
         }
