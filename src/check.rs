@@ -13,7 +13,7 @@ use crate::plan::PlannedTensor;
 use crate::progress::{Observer, Phase, Progress};
 use crate::transform::{self, Producer};
 use crate::verify::{self, Failure, Source};
-use crate::work::{self, Chunk, Job, Pool, lock};
+use crate::work::{self, Chunk, Chunks, Job, Pool, lock};
 
 /// One tensor to be re-read.
 pub(crate) struct CheckTensor<'a> {
@@ -81,18 +81,10 @@ pub(crate) fn check_tensors(
     let names = tensors.iter().map(|tensor| tensor.name).collect();
     let nbytes = tensors.iter().zip(&whole).filter(|(_, whole)| **whole).map(|(tensor, _)| tensor.nbytes()).sum();
     let progress = Progress::new(phase, names, nbytes);
-    let chunks = tensors.iter().enumerate().filter(|(item, _)| whole[*item]).flat_map(|(item, tensor)| {
-        let unit_bytes = tensor.unit_bytes();
-        let pieces = tensor.files.iter().map(move |file| file.data.start / unit_bytes..file.data.end / unit_bytes);
-        let chunk_units = match tensor.planned {
-            // The written bytes need a buffer beside the expected ones.
-            Some(planned) => transform::chunk_units(planned.transform, pool.worker_bytes / 2),
-            None => pool.worker_bytes,
-        };
-        work::chunks(item, pieces, chunk_units)
-    });
-    let job = CheckJob { root, tensors, source, progress: &progress, failures: Mutex::new(failures) };
-    work::run(&job, chunks, tensors.len(), pool.workers, &progress, observer)?;
+    let worker_bytes = pool.worker_bytes;
+    let job = CheckJob { root, tensors, source, worker_bytes, progress: &progress, failures: Mutex::new(failures) };
+    let items = (0..tensors.len()).filter(|&item| whole[item]);
+    work::run(&job, items, pool.workers, &progress, observer)?;
     let mut failures = job.failures.into_inner().unwrap_or_else(PoisonError::into_inner);
     failures.sort_by_key(|(item, _)| *item);
     Ok(failures.into_iter().map(|(_, failure)| failure).collect())
@@ -102,6 +94,7 @@ struct CheckJob<'a> {
     root: &'a Path,
     tensors: &'a [CheckTensor<'a>],
     source: Option<&'a Source<'a>>,
+    worker_bytes: u64,
     progress: &'a Progress<'a>,
     failures: Mutex<Vec<(usize, Failure)>>,
 }
@@ -135,6 +128,18 @@ struct CheckState {
 impl<'a> Job for CheckJob<'a> {
     type Scratch = CheckScratch<'a>;
     type State = CheckState;
+
+    fn chunks(&self, item: usize) -> Chunks {
+        let tensor = &self.tensors[item];
+        let unit_bytes = tensor.unit_bytes();
+        let pieces = tensor.files.iter().map(|file| file.data.start / unit_bytes..file.data.end / unit_bytes);
+        let chunk_units = match tensor.planned {
+            // The written bytes need a buffer beside the expected ones.
+            Some(planned) => transform::chunk_units(planned.transform, self.worker_bytes / 2),
+            None => self.worker_bytes,
+        };
+        Chunks::new(item, pieces, chunk_units)
+    }
 
     fn scratch(&self) -> Self::Scratch {
         CheckScratch {

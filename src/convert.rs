@@ -24,7 +24,7 @@ use crate::side_files::{self, SideFile};
 use crate::sink::Sinks;
 use crate::transform::{self, Producer};
 use crate::verify;
-use crate::work::{self, Chunk, Job, Pool, Resources, lock};
+use crate::work::{self, Chunk, Chunks, Job, Pool, Resources, lock};
 
 /// How a conversion treats what is already in the output folder, and whether it checks what it wrote.
 #[derive(Debug, Clone, Copy, Default)]
@@ -176,13 +176,10 @@ impl Conversion<'_> {
         let names = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
         let bytes_total = tensors.iter().map(|tensor| tensor.nbytes).sum();
         let progress = Progress::new(Phase::Convert, names, bytes_total);
-        let chunks = tensors.iter().enumerate().flat_map(|(item, tensor)| {
-            let pieces = tensor.pieces.iter().map(|piece| piece.units.clone());
-            work::chunks(item, pieces, transform::chunk_units(tensor.transform, pool.worker_bytes))
-        });
         let job = WriteJob {
             checkpoint: self.checkpoint,
             tensors: &tensors,
+            worker_bytes: pool.worker_bytes,
             sinks: Sinks::new(
                 self.output,
                 &self.plan.files,
@@ -193,7 +190,7 @@ impl Conversion<'_> {
             entries: Mutex::new(done),
             progress: &progress,
         };
-        work::run(&job, chunks, tensors.len(), pool.workers, &progress, observer)?;
+        work::run(&job, 0..tensors.len(), pool.workers, &progress, observer)?;
         for (shard, _) in &self.plan.shards {
             file::sync_folder(&self.output.join(shard))?;
         }
@@ -322,6 +319,7 @@ impl Conversion<'_> {
 struct WriteJob<'a> {
     checkpoint: &'a Checkpoint,
     tensors: &'a [&'a PlannedTensor],
+    worker_bytes: u64,
     sinks: Sinks<'a>,
     on_overflow: OnOverflow,
     journal: &'a Journal,
@@ -344,6 +342,12 @@ struct WriteState {
 impl<'a> Job for WriteJob<'a> {
     type Scratch = WriteScratch<'a>;
     type State = WriteState;
+
+    fn chunks(&self, item: usize) -> Chunks {
+        let tensor = self.tensors[item];
+        let chunk_units = transform::chunk_units(tensor.transform, self.worker_bytes);
+        Chunks::new(item, tensor.pieces.iter().map(|piece| piece.units.clone()), chunk_units)
+    }
 
     fn scratch(&self) -> Self::Scratch {
         WriteScratch { producer: Producer::new(self.checkpoint, self.on_overflow), counts: Counts::default() }

@@ -17,7 +17,7 @@ use crate::plan::{Piece, PlannedTensor, Transform};
 use crate::progress::{Observer, Phase, Progress};
 use crate::stats::{Moments, Stats, moments_of};
 use crate::transform::{self, Producer};
-use crate::work::{self, Chunk, Job, Resources, lock};
+use crate::work::{self, Chunk, Chunks, Job, Resources, lock};
 
 /// A checkpoint's tensors and totals.
 #[derive(Debug, Serialize)]
@@ -119,13 +119,9 @@ pub fn add_stats(
     let names = checkpoint.tensors().iter().map(|tensor| tensor.name.as_str()).collect();
     let output_bytes = |tensor: &PlannedTensor| tensor.pieces[0].units.end * tensor.transform.output_unit_bytes();
     let progress = Progress::new(Phase::Read, names, planned.iter().map(output_bytes).sum());
-    let chunks = planned.iter().enumerate().flat_map(|(item, tensor)| {
-        // A multiple of every element's size.
-        let units = transform::chunk_units(tensor.transform, pool.worker_bytes).next_multiple_of(8);
-        work::chunks(item, tensor.pieces.iter().map(|piece| piece.units.clone()), units)
-    });
-    let job = StatsJob { checkpoint, tensors: &planned, progress: &progress, stats: Mutex::default() };
-    work::run(&job, chunks, planned.len(), pool.workers, &progress, observer)?;
+    let worker_bytes = pool.worker_bytes;
+    let job = StatsJob { checkpoint, tensors: &planned, worker_bytes, progress: &progress, stats: Mutex::default() };
+    work::run(&job, 0..planned.len(), pool.workers, &progress, observer)?;
     for (item, stats) in job.stats.into_inner().unwrap_or_else(PoisonError::into_inner) {
         inspection.tensors[item].stats = Some(stats);
     }
@@ -154,6 +150,7 @@ fn whole(index: usize, nbytes: u64, dtype: Dtype) -> PlannedTensor {
 struct StatsJob<'a> {
     checkpoint: &'a Checkpoint,
     tensors: &'a [PlannedTensor],
+    worker_bytes: u64,
     progress: &'a Progress<'a>,
     stats: Mutex<Vec<(usize, Stats)>>,
 }
@@ -161,6 +158,13 @@ struct StatsJob<'a> {
 impl<'a> Job for StatsJob<'a> {
     type Scratch = (Producer<'a>, Moments);
     type State = Moments;
+
+    fn chunks(&self, item: usize) -> Chunks {
+        let tensor = &self.tensors[item];
+        // A multiple of every element's size.
+        let chunk_units = transform::chunk_units(tensor.transform, self.worker_bytes).next_multiple_of(8);
+        Chunks::new(item, tensor.pieces.iter().map(|piece| piece.units.clone()), chunk_units)
+    }
 
     fn scratch(&self) -> Self::Scratch {
         (Producer::new(self.checkpoint, OnOverflow::Warn), Moments::default())

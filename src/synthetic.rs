@@ -20,7 +20,7 @@ use crate::plan::PlannedFile;
 use crate::progress::{Observer, Phase, Progress};
 use crate::sink::Sinks;
 use crate::transform;
-use crate::work::{self, Chunk, Job, Resources};
+use crate::work::{self, Chunk, Chunks, Job, Resources};
 
 /// One tensor to be written.
 #[derive(Debug, Clone, Deserialize)]
@@ -85,12 +85,9 @@ pub fn write(
     let bytes_total = tensors.iter().map(|tensor| tensor.nbytes).sum();
     let names = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
     let progress = Progress::new(Phase::Synthesize, names, bytes_total);
-    let chunks = tensors.iter().enumerate().flat_map(|(item, tensor)| {
-        work::chunks(item, std::iter::once(0..tensor.nbytes.div_ceil(UNIT_BYTES)), pool.worker_bytes / UNIT_BYTES)
-    });
     let sinks = Sinks::new(folder, &planned_files, tensors.iter().map(|tensor| tensor.file));
-    let job = FillJob { tensors: &tensors, sinks, progress: &progress };
-    work::run(&job, chunks, tensors.len(), pool.workers, &progress, observer)?;
+    let job = FillJob { tensors: &tensors, chunk_units: pool.worker_bytes / UNIT_BYTES, sinks, progress: &progress };
+    work::run(&job, 0..tensors.len(), pool.workers, &progress, observer)?;
     Ok(bytes_total)
 }
 
@@ -165,6 +162,7 @@ fn lay_out(
 
 struct FillJob<'a> {
     tensors: &'a [PlacedTensor],
+    chunk_units: u64,
     sinks: Sinks<'a>,
     progress: &'a Progress<'a>,
 }
@@ -189,6 +187,11 @@ enum Table {
 impl Job for FillJob<'_> {
     type Scratch = FillScratch;
     type State = ();
+
+    fn chunks(&self, item: usize) -> Chunks {
+        let units = self.tensors[item].nbytes.div_ceil(UNIT_BYTES);
+        Chunks::new(item, std::iter::once(0..units), self.chunk_units)
+    }
 
     fn scratch(&self) -> FillScratch {
         FillScratch::default()

@@ -5,7 +5,7 @@
 
 use std::ops::{ControlFlow, Range};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use crate::error::{Error, Result};
@@ -17,8 +17,9 @@ const EVENT_INTERVAL: Duration = Duration::from_millis(50);
 /// Smallest buffer a worker can work with.
 const MIN_WORKER_BYTES: u64 = 64 << 10;
 
-/// Largest buffer worth having: more only leaves the caches.
-const MAX_WORKER_BYTES: u64 = 8 << 20;
+/// Largest buffer worth having: on a processor with 1 MiB of L2 per core, larger and smaller ones were slower
+/// (2 cores of an AMD EPYC, 2026-11; docs/design.md has the figures).
+const MAX_WORKER_BYTES: u64 = 1 << 20;
 
 /// Threads and memory of a job.
 #[derive(Debug, Clone, Copy)]
@@ -95,31 +96,58 @@ pub struct Chunk {
     pub ends_item: bool,
 }
 
-/// The chunks of one item, whose pieces are ranges of units; an empty piece is one empty chunk.
-pub fn chunks(
+/// The chunks of one item, in order.
+#[derive(Debug, Clone)]
+pub struct Chunks {
     item: usize,
-    pieces: impl ExactSizeIterator<Item = Range<u64>>,
+    pieces: Vec<Range<u64>>,
     chunk_units: u64,
-) -> impl Iterator<Item = Chunk> {
-    let count = pieces.len();
-    let mut sequence = 0;
-    pieces.enumerate().flat_map(move |(piece, range)| {
-        let chunks = (range.end - range.start).div_ceil(chunk_units).max(1);
-        let first = sequence;
-        sequence += chunks;
-        (0..chunks).map(move |number| {
-            let start = range.start + number * chunk_units;
-            let ends_piece = number + 1 == chunks;
-            Chunk {
-                item,
-                piece,
-                units: start..range.end.min(start + chunk_units),
-                sequence: first + number,
-                ends_piece,
-                ends_item: ends_piece && piece + 1 == count,
-            }
-        })
-    })
+    /// Piece and unit at which the next chunk begins.
+    piece: usize,
+    unit: u64,
+    /// Chunks made, and all chunks.
+    sequence: u64,
+    count: u64,
+}
+
+impl Chunks {
+    /// Divides an item whose pieces are ranges of units; an empty piece is one empty chunk.
+    #[must_use]
+    pub fn new(item: usize, pieces: impl Iterator<Item = Range<u64>>, chunk_units: u64) -> Self {
+        let pieces: Vec<_> = pieces.collect();
+        let count = pieces.iter().map(|piece| (piece.end - piece.start).div_ceil(chunk_units).max(1)).sum();
+        let unit = pieces.first().map_or(0, |piece| piece.start);
+        Self { item, pieces, chunk_units, piece: 0, unit, sequence: 0, count }
+    }
+
+    fn left(&self) -> u64 {
+        self.count - self.sequence
+    }
+}
+
+impl Iterator for Chunks {
+    type Item = Chunk;
+
+    fn next(&mut self) -> Option<Chunk> {
+        let piece = self.pieces.get(self.piece)?;
+        let units = self.unit..piece.end.min(self.unit.saturating_add(self.chunk_units));
+        let ends_piece = units.end == piece.end;
+        let chunk = Chunk {
+            item: self.item,
+            piece: self.piece,
+            sequence: self.sequence,
+            ends_piece,
+            ends_item: self.left() == 1,
+            units,
+        };
+        self.sequence += 1;
+        self.unit = chunk.units.end;
+        if ends_piece {
+            self.piece += 1;
+            self.unit = self.pieces.get(self.piece).map_or(0, |piece| piece.start);
+        }
+        Some(chunk)
+    }
 }
 
 /// What to do with chunks.
@@ -129,6 +157,8 @@ pub trait Job: Sync {
     /// What is known of an item between its first and its last chunk.
     type State: Send;
 
+    /// The chunks of an item.
+    fn chunks(&self, item: usize) -> Chunks;
     /// Buffers for a new worker.
     fn scratch(&self) -> Self::Scratch;
     /// State of an item before its first chunk is committed.
@@ -141,18 +171,20 @@ pub trait Job: Sync {
     fn finish(&self, item: usize, state: Self::State) -> Result<()>;
 }
 
-/// Runs a job to its end, its first error, or the observer's `Break`, which is [`Error::Cancelled`].
+/// Runs a job on some items to its end, its first error, or the observer's `Break`, which is [`Error::Cancelled`].
+///
+/// Each worker stays with one item, so that two workers seldom write one file, which the kernel would let only one of
+/// them do at a time; those that find no item left help with the largest rest.
 pub fn run<J: Job>(
     job: &J,
-    chunks: impl Iterator<Item = Chunk> + Send,
-    items: usize,
+    items: impl Iterator<Item = usize> + Send,
     workers: usize,
     progress: &Progress<'_>,
     observer: &mut Observer<'_>,
 ) -> Result<()> {
     let shared = Shared {
-        chunks: Mutex::new(chunks),
-        gates: (0..items).map(|_| Gate::default()).collect(),
+        job,
+        queue: Mutex::new(Queue { waiting: items, begun: Vec::new() }),
         stop: AtomicBool::new(false),
         fault: Mutex::new(None),
         running: Mutex::new(workers),
@@ -162,7 +194,7 @@ pub fn run<J: Job>(
         for number in 0..workers {
             let worker = || {
                 let _ended = WorkerEnd(&shared);
-                if let Err(fault) = shared.work(job, progress) {
+                if let Err(fault) = shared.work(progress) {
                     shared.fail(fault);
                 }
             };
@@ -194,31 +226,48 @@ pub fn run<J: Job>(
     }
 }
 
-struct Shared<I, S> {
-    chunks: Mutex<I>,
-    gates: Vec<Gate<S>>,
+struct Shared<'a, J: Job, I> {
+    job: &'a J,
+    queue: Mutex<Queue<I, J::State>>,
     stop: AtomicBool,
     fault: Mutex<Option<Error>>,
     running: Mutex<usize>,
     ended: Condvar,
 }
 
-/// Lets the chunks of one item commit in order.
-struct Gate<S> {
-    state: Mutex<(u64, Option<S>)>,
+/// Items that nobody has begun, and those that are begun but not finished.
+struct Queue<I, S> {
+    waiting: I,
+    begun: Vec<Arc<Begun<S>>>,
+}
+
+/// An item in work. Its gate lets its chunks commit in order.
+struct Begun<S> {
+    chunks: Mutex<Chunks>,
+    gate: Mutex<Gate<S>>,
     moved: Condvar,
 }
 
-impl<S> Default for Gate<S> {
-    fn default() -> Self {
-        Self { state: Mutex::new((0, None)), moved: Condvar::new() }
+/// Which chunk may commit next, and what the item's state is; None before the first commit.
+struct Gate<S> {
+    next: u64,
+    state: Option<S>,
+}
+
+impl<S> Begun<S> {
+    fn new(chunks: Chunks) -> Self {
+        Self { chunks: Mutex::new(chunks), gate: Mutex::new(Gate { next: 0, state: None }), moved: Condvar::new() }
+    }
+
+    fn next_chunk(&self) -> Option<Chunk> {
+        lock(&self.chunks).next()
     }
 }
 
 /// Tells the calling thread that a worker is gone, even by a panic.
-struct WorkerEnd<'a, I, S>(&'a Shared<I, S>);
+struct WorkerEnd<'a, 'b, J: Job, I>(&'a Shared<'b, J, I>);
 
-impl<I, S> Drop for WorkerEnd<'_, I, S> {
+impl<J: Job, I> Drop for WorkerEnd<'_, '_, J, I> {
     fn drop(&mut self) {
         if std::thread::panicking() {
             self.0.release();
@@ -228,38 +277,76 @@ impl<I, S> Drop for WorkerEnd<'_, I, S> {
     }
 }
 
-impl<I: Iterator<Item = Chunk>, S> Shared<I, S> {
-    fn work<J: Job<State = S>>(&self, job: &J, progress: &Progress<'_>) -> Result<()> {
-        let mut scratch = job.scratch();
+impl<J: Job, I: Iterator<Item = usize>> Shared<'_, J, I> {
+    fn work(&self, progress: &Progress<'_>) -> Result<()> {
+        let mut scratch = self.job.scratch();
+        let mut current = None;
         while !self.stop.load(Ordering::Relaxed) {
-            let Some(chunk) = lock(&self.chunks).next() else { break };
+            let Some((item, chunk)) = self.next(current.take()) else { break };
             if chunk.sequence == 0 {
                 progress.begin(chunk.item);
             }
-            job.process(&chunk, &mut scratch)?;
-            let gate = &self.gates[chunk.item];
-            let mut state = lock(&gate.state);
-            while state.0 != chunk.sequence {
-                if self.stop.load(Ordering::Relaxed) {
-                    return Ok(());
-                }
-                state = gate.moved.wait(state).unwrap_or_else(PoisonError::into_inner);
+            self.job.process(&chunk, &mut scratch)?;
+            if !self.commit(&item, &chunk, &mut scratch, progress)? {
+                break;
             }
-            job.commit(&chunk, &mut scratch, state.1.get_or_insert_with(|| job.begin(chunk.item)))?;
-            state.0 += 1;
-            let finished = if chunk.ends_item { state.1.take() } else { None };
-            drop(state);
-            gate.moved.notify_all();
-            if let Some(finished) = finished {
-                job.finish(chunk.item, finished)?;
-                progress.add_tensor();
-            }
+            current = Some(item);
         }
         Ok(())
     }
+
+    /// The next chunk of the worker's `current` item; else of an item that nobody has begun; else of the begun item
+    /// that has most left.
+    fn next(&self, current: Option<Arc<Begun<J::State>>>) -> Option<(Arc<Begun<J::State>>, Chunk)> {
+        if let Some(item) = current
+            && let Some(chunk) = item.next_chunk()
+        {
+            return Some((item, chunk));
+        }
+        let mut queue = lock(&self.queue);
+        let item = match queue.waiting.next() {
+            Some(index) => {
+                let item = Arc::new(Begun::new(self.job.chunks(index)));
+                queue.begun.push(Arc::clone(&item));
+                item
+            }
+            None => Arc::clone(queue.begun.iter().max_by_key(|item| lock(&item.chunks).left())?),
+        };
+        // Without chunks left there are none anywhere: the largest rest is none.
+        let chunk = item.next_chunk()?;
+        Some((item, chunk))
+    }
+
+    /// Commits a chunk when its turn has come; false when the job was stopped before.
+    fn commit(
+        &self,
+        item: &Arc<Begun<J::State>>,
+        chunk: &Chunk,
+        scratch: &mut J::Scratch,
+        progress: &Progress<'_>,
+    ) -> Result<bool> {
+        let mut gate = lock(&item.gate);
+        while gate.next != chunk.sequence {
+            if self.stop.load(Ordering::Relaxed) {
+                return Ok(false);
+            }
+            gate = item.moved.wait(gate).unwrap_or_else(PoisonError::into_inner);
+        }
+        self.job.commit(chunk, scratch, gate.state.get_or_insert_with(|| self.job.begin(chunk.item)))?;
+        gate.next += 1;
+        let finished = if chunk.ends_item { gate.state.take() } else { None };
+        drop(gate);
+        item.moved.notify_all();
+        if let Some(finished) = finished {
+            lock(&self.queue).begun.retain(|begun| !Arc::ptr_eq(begun, item));
+            self.job.finish(chunk.item, finished)?;
+            progress.add_tensor();
+        }
+        Ok(true)
+    }
 }
 
-impl<I, S> Shared<I, S> {
+impl<J: Job, I> Shared<'_, J, I> {
     /// Records the first fault and stops everybody.
     fn fail(&self, fault: Error) {
         lock(&self.fault).get_or_insert(fault);
@@ -269,10 +356,10 @@ impl<I, S> Shared<I, S> {
     /// Stops everybody, those at a gate included.
     fn release(&self) {
         self.stop.store(true, Ordering::Relaxed);
-        for gate in &self.gates {
+        for item in &lock(&self.queue).begun {
             // Under the lock, so that no worker is between its look at `stop` and its wait.
-            let _state = lock(&gate.state);
-            gate.moved.notify_all();
+            let _gate = lock(&item.gate);
+            item.moved.notify_all();
         }
     }
 }
@@ -296,6 +383,9 @@ mod tests {
     impl Job for Recorder {
         type Scratch = ();
         type State = Vec<u64>;
+        fn chunks(&self, item: usize) -> Chunks {
+            Chunks::new(item, [0..100, 100..100, 100..205].into_iter(), 7)
+        }
         fn scratch(&self) {}
         fn begin(&self, _: usize) -> Vec<u64> {
             Vec::new()
@@ -321,15 +411,14 @@ mod tests {
 
     fn run_recorder(fail_at: Option<(usize, u64)>, workers: usize) -> (Result<()>, Vec<(usize, u64)>) {
         let job = Recorder { commits: Mutex::default(), fail_at };
-        let work = (0..3).flat_map(|item| chunks(item, [0..100, 100..100, 100..205].into_iter(), 7));
         let progress = Progress::new(Phase::Read, vec!["a", "b", "c"], 0);
-        let result = run(&job, work, 3, workers, &progress, &mut progress::ignore);
+        let result = run(&job, 0..3, workers, &progress, &mut progress::ignore);
         (result, job.commits.into_inner().unwrap())
     }
 
     #[test]
     fn chunks_cover_their_pieces() {
-        let all: Vec<_> = chunks(5, [0..10, 10..10, 10..13].into_iter(), 4).collect();
+        let all: Vec<_> = Chunks::new(5, [0..10, 10..10, 10..13].into_iter(), 4).collect();
         let ranges: Vec<_> = all.iter().map(|chunk| (chunk.piece, chunk.units.clone())).collect();
         assert_eq!(ranges, [(0, 0..4), (0, 4..8), (0, 8..10), (1, 10..10), (2, 10..13)]);
         assert_eq!(all.iter().filter(|chunk| chunk.ends_piece).count(), 3);
@@ -363,12 +452,44 @@ mod tests {
     fn the_observer_can_stop_the_job() {
         let job = Recorder { commits: Mutex::default(), fail_at: None };
         let progress = Progress::new(Phase::Read, vec!["a"], 0);
-        let endless = std::iter::repeat_with(|| {
-            std::thread::sleep(Duration::from_millis(1));
-            Chunk { item: 0, piece: 0, units: 0..1, sequence: 0, ends_piece: false, ends_item: false }
+        let endless = std::iter::repeat_n(0, usize::MAX);
+        let result = run(&job, endless, 4, &progress, &mut |_| ControlFlow::Break(()));
+        assert!(matches!(result, Err(Error::Cancelled)));
+    }
+
+    /// The first chunk is held back until the observer stops the job, so that the other workers wait at the gate.
+    struct HeldBack<'a>(&'a AtomicBool);
+
+    impl Job for HeldBack<'_> {
+        type Scratch = ();
+        type State = ();
+        fn chunks(&self, item: usize) -> Chunks {
+            Chunks::new(item, std::iter::once(0..100), 1)
+        }
+        fn scratch(&self) {}
+        fn begin(&self, _: usize) {}
+        fn process(&self, chunk: &Chunk, (): &mut ()) -> Result<()> {
+            while chunk.sequence == 0 && !self.0.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+            Ok(())
+        }
+        fn commit(&self, _: &Chunk, (): &mut (), (): &mut ()) -> Result<()> {
+            Ok(())
+        }
+        fn finish(&self, _: usize, (): ()) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn workers_at_a_gate_are_released() {
+        let stopped = AtomicBool::new(false);
+        let progress = Progress::new(Phase::Read, vec!["a"], 0);
+        let result = run(&HeldBack(&stopped), 0..1, 8, &progress, &mut |_| {
+            stopped.store(true, Ordering::Relaxed);
+            ControlFlow::Break(())
         });
-        // Every chunk claims to be the first, so that all but one wait at the gate.
-        let result = run(&job, endless, 1, 4, &progress, &mut |_| ControlFlow::Break(()));
         assert!(matches!(result, Err(Error::Cancelled)));
     }
 
