@@ -7,6 +7,7 @@ use safetensors::Dtype;
 use tensorport::cast::{self, OnOverflow, Target};
 use tensorport::checksum::TensorHasher;
 use tensorport::mxfp4::{BLOCK_BYTES, DecodeTable, MX_BLOCK_SIZE};
+use tensorport::simd::Level;
 
 /// Elements of one call: a worker's chunk, small enough to stay in the second-level cache.
 const ELEMS: usize = 1 << 18;
@@ -36,9 +37,11 @@ fn casts(criterion: &mut Criterion) {
             }
             let mut out = vec![0; ELEMS * to.dtype().bitsize() / 8];
             group.throughput(Throughput::Bytes(out.len() as u64));
-            group.bench_function(format!("{from} to {}", to.dtype()), |bencher| {
-                bencher.iter(|| cast::cast(from, to, black_box(&src), &mut out, OnOverflow::Error));
-            });
+            for level in Level::all() {
+                group.bench_function(format!("{from} to {}, {level}", to.dtype()), |bencher| {
+                    bencher.iter(|| cast::cast_with(level, from, to, black_box(&src), &mut out, OnOverflow::Error));
+                });
+            }
         }
     }
 }
@@ -53,9 +56,11 @@ fn dequantize(criterion: &mut Criterion) {
         let table = DecodeTable::new(to, OnOverflow::Error);
         let mut out = vec![0; ELEMS * to.dtype().bitsize() / 8];
         group.throughput(Throughput::Bytes(out.len() as u64));
-        group.bench_function(to.dtype().to_string(), |bencher| {
-            bencher.iter(|| table.decode(black_box(&blocks), &scales, &mut out));
-        });
+        for level in Level::all() {
+            group.bench_function(format!("{}, {level}", to.dtype()), |bencher| {
+                bencher.iter(|| table.decode_with(level, black_box(&blocks), &scales, &mut out));
+            });
+        }
     }
 }
 

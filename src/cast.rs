@@ -2,9 +2,13 @@
 //!
 //! NaN stays NaN with its sign. An infinity in the source is not an overflow, a zero not an underflow.
 
+use std::marker::PhantomData;
+
 use half::{bf16, f16};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
+
+use crate::simd::{Kernel, Level};
 
 /// Float dtypes that can be cast to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,16 +121,29 @@ pub fn is_castable(dtype: Dtype) -> bool {
 /// # Panics
 /// When `from` is not a float dtype of [`is_castable`], or the two slices hold different numbers of elements.
 pub fn cast(from: Dtype, to: Target, src: &[u8], dst: &mut [u8], on_overflow: OnOverflow) -> Counts {
+    cast_with(Level::best(), from, to, src, dst, on_overflow)
+}
+
+/// [`cast`] with chosen vector instructions: all levels give the same bytes and counts.
+///
+/// # Panics
+/// As [`cast`].
+pub fn cast_with(level: Level, from: Dtype, to: Target, src: &[u8], dst: &mut [u8], on_overflow: OnOverflow) -> Counts {
+    macro_rules! run {
+        ($source:ty, $target:ty) => {
+            level.run(CastSlice { src, dst, on_overflow, dtypes: PhantomData::<($source, $target)> })
+        };
+    }
     match (from, to) {
-        (Dtype::F64, Target::F16) => cast_slice::<F64, F16>(src, dst, on_overflow),
-        (Dtype::F64, Target::Bf16) => cast_slice::<F64, Bf16>(src, dst, on_overflow),
-        (Dtype::F64, Target::F32) => cast_slice::<F64, F32>(src, dst, on_overflow),
-        (Dtype::F32, Target::F16) => cast_slice::<F32, F16>(src, dst, on_overflow),
-        (Dtype::F32, Target::Bf16) => cast_slice::<F32, Bf16>(src, dst, on_overflow),
-        (Dtype::F16, Target::Bf16) => cast_slice::<F16, Bf16>(src, dst, on_overflow),
-        (Dtype::F16, Target::F32) => cast_slice::<F16, F32>(src, dst, on_overflow),
-        (Dtype::BF16, Target::F16) => cast_slice::<Bf16, F16>(src, dst, on_overflow),
-        (Dtype::BF16, Target::F32) => cast_slice::<Bf16, F32>(src, dst, on_overflow),
+        (Dtype::F64, Target::F16) => run!(F64, F16),
+        (Dtype::F64, Target::Bf16) => run!(F64, Bf16),
+        (Dtype::F64, Target::F32) => run!(F64, F32),
+        (Dtype::F32, Target::F16) => run!(F32, F16),
+        (Dtype::F32, Target::Bf16) => run!(F32, Bf16),
+        (Dtype::F16, Target::Bf16) => run!(F16, Bf16),
+        (Dtype::F16, Target::F32) => run!(F16, F32),
+        (Dtype::BF16, Target::F16) => run!(Bf16, F16),
+        (Dtype::BF16, Target::F32) => run!(Bf16, F32),
         (from, to) => panic!("no cast from {from} to {to:?}: plans copy equal dtypes"),
     }
 }
@@ -173,6 +190,23 @@ struct Bf16;
 /// Elements between two looks at the counts: small enough for L1, long enough for vectors.
 const BLOCK_ELEMS: usize = 1024;
 
+struct CastSlice<'a, S, T> {
+    src: &'a [u8],
+    dst: &'a mut [u8],
+    on_overflow: OnOverflow,
+    dtypes: PhantomData<(S, T)>,
+}
+
+impl<S: Source, T: Stored> Kernel for CastSlice<'_, S, T> {
+    type Output = Counts;
+
+    #[inline(always)]
+    fn run(self) -> Counts {
+        cast_slice::<S, T>(self.src, self.dst, self.on_overflow)
+    }
+}
+
+#[inline(always)]
 fn cast_slice<S: Source, T: Stored>(src: &[u8], dst: &mut [u8], on_overflow: OnOverflow) -> Counts {
     let (src, dst) = (S::elements(src), T::elements(dst));
     assert_eq!(src.len(), dst.len(), "source and target hold the same number of elements");

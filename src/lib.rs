@@ -36,6 +36,7 @@ pub mod progress;
 mod python;
 pub mod select;
 pub mod side_files;
+pub mod simd;
 mod sink;
 pub mod stats;
 pub mod synthetic;

@@ -3,7 +3,8 @@
 use half::{bf16, f16};
 use proptest::prelude::*;
 use safetensors::Dtype;
-use tensorport::cast::{Counts, OnOverflow, Target, cast};
+use tensorport::cast::{Counts, OnOverflow, Target, cast, cast_with, is_castable};
+use tensorport::simd::Level;
 
 const MODES: [OnOverflow; 3] = [OnOverflow::Error, OnOverflow::Warn, OnOverflow::Saturate];
 
@@ -54,13 +55,13 @@ pub fn oracle(target: Target, value: f64) -> Option<u64> {
     Some(sign | magnitude.min(infinity))
 }
 
-/// Casts elements whose exact values are `values`, and compares bits and counts in all three modes.
+/// Casts elements whose exact values are `values`, and compares bits and counts in all modes, with all vectors.
 fn check(from: Dtype, to: Target, src: &[u8], values: &[f64]) {
     let Format { infinity, sign, .. } = format(to);
     let width = to.dtype().bitsize() / 8;
-    for mode in MODES {
+    for (mode, level) in MODES.into_iter().flat_map(|mode| Level::all().into_iter().map(move |level| (mode, level))) {
         let mut out = vec![0xa5; values.len() * width];
-        let counts = cast(from, to, src, &mut out, mode);
+        let counts = cast_with(level, from, to, src, &mut out, mode);
         let mut expected_counts = Counts::default();
         for (&value, stored) in values.iter().zip(out.chunks(width)) {
             let mut padded = [0; 8];
@@ -188,6 +189,40 @@ fn edge_values_are_cast_and_counted() {
     let bits = [0, 1, 2, 0x7f_ffff, 0x80_0000, 0x7f7f_ffff, 0x7f80_0000, 0x7f80_0001, 0x7fbf_ffff, 0x7fc0_0000];
     let floats: Vec<f32> = bits.iter().flat_map(|&bits| [bits, bits | 1 << 31]).map(f32::from_bits).collect();
     check_f32(&floats);
+}
+
+/// A sequence of all kinds of bits: SplitMix64.
+fn random_bytes(nbytes: usize) -> Vec<u8> {
+    let words = (1..=nbytes.div_ceil(8) as u64).map(|i| {
+        let z = i.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    });
+    words.flat_map(u64::to_le_bytes).take(nbytes).collect()
+}
+
+#[test]
+fn all_levels_make_the_same_bytes_of_nans_too() {
+    assert_eq!(Level::all().first(), Some(&Level::PLAIN));
+    assert_eq!(Level::all().last(), Some(&Level::best()));
+    for from in [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16] {
+        assert!(is_castable(from));
+        // A prime number of elements: every length of tail is met on the way down.
+        let src = random_bytes(10_007 * from.bitsize() / 8);
+        for to in [Target::F16, Target::Bf16, Target::F32].into_iter().filter(|to| to.dtype() != from) {
+            for elems in (9_900..10_007).chain(0..130) {
+                let src = &src[..elems * from.bitsize() / 8];
+                let made = Level::all().into_iter().map(|level| {
+                    let mut out = vec![0xa5; elems * to.dtype().bitsize() / 8];
+                    let counts = cast_with(level, from, to, src, &mut out, OnOverflow::Saturate);
+                    (out, counts)
+                });
+                let made: Vec<_> = made.collect();
+                assert!(made.windows(2).all(|pair| pair[0] == pair[1]), "{from} to {to:?}, {elems} elements");
+            }
+        }
+    }
 }
 
 #[test]

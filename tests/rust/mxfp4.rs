@@ -8,6 +8,7 @@ use safetensors::Dtype;
 use tensorport::Checkpoint;
 use tensorport::cast::{OnOverflow, Target};
 use tensorport::mxfp4::{Candidate, DecodeTable, Pairing, count_parameters, pair};
+use tensorport::simd::Level;
 
 use crate::cast::oracle;
 use crate::fixtures::{Tensor, write};
@@ -29,9 +30,9 @@ fn every_code_under_every_scale_is_the_definitions_value() {
     for target in [Target::F16, Target::Bf16, Target::F32] {
         let width = target.dtype().bitsize() / 8;
         let table = DecodeTable::new(target, OnOverflow::Warn);
-        for scale in 0..=255u8 {
+        for (scale, level) in (0..=255u8).flat_map(|scale| Level::all().into_iter().map(move |level| (scale, level))) {
             let mut out = vec![0xa5; 32 * width];
-            let counts = table.decode(&all_codes(), &[scale], &mut out);
+            let counts = table.decode_with(level, &all_codes(), &[scale], &mut out);
             let (mut overflow, mut underflow, mut largest) = (0, 0, 0f64);
             for (index, stored) in out.chunks(width).enumerate() {
                 // The low nibble comes first.
@@ -79,12 +80,14 @@ fn saturation_keeps_the_sign() {
 #[test]
 fn blocks_use_their_own_scales() {
     let table = DecodeTable::new(Target::F32, OnOverflow::Error);
-    let mut out = vec![0; 3 * 32 * 4];
-    table.decode(&[[0x22; 16], [0x22; 16], [0x22; 16]].concat(), &[127, 130, 124], &mut out);
-    let values: Vec<f32> = out.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
-    assert!(values[..32].iter().all(|&value| value == 1.0));
-    assert!(values[32..64].iter().all(|&value| value == 8.0));
-    assert!(values[64..].iter().all(|&value| value == 0.125));
+    for level in Level::all() {
+        let mut out = vec![0; 3 * 32 * 4];
+        table.decode_with(level, &[[0x22; 16], [0x22; 16], [0x22; 16]].concat(), &[127, 130, 124], &mut out);
+        let values: Vec<f32> = out.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+        assert!(values[..32].iter().all(|&value| value == 1.0));
+        assert!(values[32..64].iter().all(|&value| value == 8.0));
+        assert!(values[64..].iter().all(|&value| value == 0.125));
+    }
 }
 
 fn candidates<'a>(tensors: &'a [(&'a str, Dtype, &'a [u64])]) -> Vec<Candidate<'a>> {

@@ -1,16 +1,19 @@
-//! MXFP4: which tensors form a pair, and how its codes decode.
+//! MXFP4: which tensors form a pair, what its codes mean, and how many of them decode at once.
 //!
 //! Value formula from OCP Microscaling Formats (MX) v1.0; nibble order, which that document leaves open, and the names
 //! of the pairs from the gpt-oss checkpoints.
+
+mod decode;
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use safetensors::Dtype;
 
-use crate::cast::{Counts, OnOverflow, Target};
 use crate::dtype;
 use crate::error::{Error, Result};
+
+pub use decode::DecodeTable;
 
 /// Values that share one scale.
 pub const MX_BLOCK_SIZE: usize = 32;
@@ -160,87 +163,6 @@ fn pair_shape(blocks: &Candidate<'_>, scales: &Candidate<'_>) -> Result<Option<V
     };
     *shape.last_mut().expect("groups_shape has at least one dimension") = k;
     Ok(Some(shape))
-}
-
-/// Decoded values of every scale byte and code, as bits of one target dtype.
-#[derive(Debug)]
-pub struct DecodeTable {
-    target: Target,
-    /// Bits of code `c` under scale byte `s`, at `16 s + c`.
-    bits: Vec<u32>,
-    /// Codes under this scale byte that overflow the target, as a bit set.
-    overflow: [u16; 256],
-    /// Codes under this scale byte that are not zero but decode to zero.
-    underflow: [u16; 256],
-}
-
-impl DecodeTable {
-    /// The table for `target`; finite values beyond its range follow `on_overflow`.
-    #[must_use]
-    pub fn new(target: Target, on_overflow: OnOverflow) -> Self {
-        let mut table = Self { target, bits: Vec::with_capacity(256 * 16), overflow: [0; 256], underflow: [0; 256] };
-        for scale in 0..=255u8 {
-            for code in 0..16u8 {
-                let cast = target.round(decode_one(code, scale), on_overflow);
-                table.bits.push(cast.bits);
-                table.overflow[usize::from(scale)] |= u16::from(cast.overflows) << code;
-                table.underflow[usize::from(scale)] |= u16::from(cast.underflows) << code;
-            }
-        }
-        table
-    }
-
-    /// Decodes whole blocks: 16 code bytes and one scale byte make 32 values.
-    ///
-    /// # Panics
-    /// When the lengths of the three slices disagree.
-    pub fn decode(&self, blocks: &[u8], scales: &[u8], out: &mut [u8]) -> Counts {
-        match self.target {
-            Target::F32 => self.decode_as::<4>(blocks, scales, out, u32::to_le_bytes),
-            #[expect(clippy::cast_possible_truncation, reason = "16-bit targets have 16-bit table entries")]
-            Target::F16 | Target::Bf16 => self.decode_as::<2>(blocks, scales, out, |bits| (bits as u16).to_le_bytes()),
-        }
-    }
-
-    fn decode_as<const N: usize>(
-        &self,
-        blocks: &[u8],
-        scales: &[u8],
-        out: &mut [u8],
-        store: impl Fn(u32) -> [u8; N],
-    ) -> Counts {
-        let (blocks, rest) = blocks.as_chunks::<BLOCK_BYTES>();
-        let (out, out_rest) = out.as_chunks_mut::<N>();
-        let groups = out.chunks_exact_mut(MX_BLOCK_SIZE);
-        assert!(rest.is_empty() && out_rest.is_empty(), "whole blocks");
-        assert!(blocks.len() == scales.len() && groups.len() == scales.len(), "one scale per block");
-        let mut counts = Counts::default();
-        for ((codes, &scale), values) in blocks.iter().zip(scales).zip(groups) {
-            let row: &[u32; 16] = self.bits[usize::from(scale) * 16..].first_chunk().expect("256 rows of 16 entries");
-            for (&byte, pair) in codes.iter().zip(values.as_chunks_mut::<2>().0) {
-                pair[0] = store(row[usize::from(byte & 0xf)]);
-                pair[1] = store(row[usize::from(byte >> 4)]);
-            }
-            let (overflow, underflow) = (self.overflow[usize::from(scale)], self.underflow[usize::from(scale)]);
-            if overflow | underflow != 0 {
-                counts.merge(count_codes(codes, scale, overflow, underflow));
-            }
-        }
-        counts
-    }
-}
-
-/// Counts the codes of one block that are in the sets.
-fn count_codes(codes: &[u8], scale: u8, overflow: u16, underflow: u16) -> Counts {
-    let mut counts = Counts::default();
-    for code in codes.iter().flat_map(|byte| [byte & 0xf, byte >> 4]) {
-        counts.underflow += u64::from(underflow >> code & 1);
-        if overflow >> code & 1 == 1 {
-            counts.overflow += 1;
-            counts.largest = counts.largest.max(decode_one(code, scale).abs());
-        }
-    }
-    counts
 }
 
 /// One code under one scale byte: the definition. Exact, since float64 holds 2^-128 to 6·2^127 and two bits of mantissa.

@@ -1,0 +1,104 @@
+//! Loops compiled again for the vector instructions that the processor turns out to have.
+//!
+//! A kernel is written once, plainly, in a way that compilers vectorise; that plain code is also its oracle. Tests compare
+//! every level that the machine has with it.
+
+use std::fmt;
+
+/// A loop to run with the widest vectors at hand.
+pub(crate) trait Kernel {
+    /// What it returns.
+    type Output;
+    /// The loop; `#[inline(always)]`, so that it is compiled within each level's function.
+    fn run(self) -> Self::Output;
+}
+
+/// Vector instructions that this processor has: proof that code compiled for them may run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Level(Instructions);
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Instructions {
+    /// What every processor of the target has.
+    Plain,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Level {
+    /// No instructions but those of every processor of the target.
+    pub const PLAIN: Self = Self(Instructions::Plain);
+
+    /// The widest vectors of this processor.
+    #[must_use]
+    pub fn best() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") {
+            let has_avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            return Self(if has_avx512 { Instructions::Avx512 } else { Instructions::Avx2 });
+        }
+        Self::PLAIN
+    }
+
+    /// All levels up to the best, for tests and benches.
+    #[must_use]
+    pub fn all() -> Vec<Self> {
+        let levels = [
+            Instructions::Plain,
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx2,
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512,
+        ];
+        levels.into_iter().map(Self).filter(|level| *level <= Self::best()).collect()
+    }
+
+    /// Whether AVX2 is among these instructions.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn has_avx2(self) -> bool {
+        self.0 >= Instructions::Avx2
+    }
+
+    /// Runs a kernel with these instructions.
+    #[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls functions compiled for other processors"))]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        match self.0 {
+            Instructions::Plain => kernel.run(),
+            // SAFETY: only `best` and `all` make this level, after detecting AVX2.
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx2 => unsafe { run_avx2(kernel) },
+            // SAFETY: only `best` and `all` make this level, after detecting these four and AVX2.
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512 => unsafe { run_avx512(kernel) },
+        }
+    }
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0 {
+            Instructions::Plain => "plain",
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx2 => "AVX2",
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512 => "AVX-512",
+        })
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl")]
+fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run()
+}
