@@ -191,7 +191,7 @@ fn edge_values_are_cast_and_counted() {
     check_f32(&floats);
 }
 
-/// A sequence of all kinds of bits: SplitMix64.
+/// A sequence of all kinds of bits, by `SplitMix64`.
 fn random_bytes(nbytes: usize) -> Vec<u8> {
     let words = (1..=nbytes.div_ceil(8) as u64).map(|i| {
         let z = i.wrapping_mul(0x9e37_79b9_7f4a_7c15);
