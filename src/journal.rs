@@ -110,8 +110,11 @@ impl Journal {
         let temporary = file::temporary_path(&path);
         let file = file::create_temporary(&temporary)?;
         let journal = Self { path: path.clone(), file };
-        journal.append(header)?;
-        file::publish(&journal.file, &temporary, &path)?;
+        if let Err(fault) = journal.append(header).and_then(|()| file::publish(&journal.file, &temporary, &path)) {
+            // Nothing has begun: what the folder holds stays as it is. Nothing to do about a second failure.
+            let _ = std::fs::remove_file(&temporary);
+            return Err(fault);
+        }
         file::sync_folder(folder)?;
         Ok(journal)
     }
