@@ -277,9 +277,18 @@ fn difference(planned: &PlannedTensor, start: u64, written: &[u8], expected: &[u
     ))
 }
 
+/// What the system says when the process, or the whole system, has too many files open: ENFILE and EMFILE of every Unix.
+const TOO_MANY_OPEN: [i32; 2] = [23, 24];
+
 /// A fault of a file of the tree, in words; faults that say nothing about the tree stay errors.
 pub(crate) fn read_fault(fault: Error) -> Result<String> {
     match fault {
+        Error::Io { ref source, .. }
+            if source.kind() == std::io::ErrorKind::OutOfMemory
+                || cfg!(unix) && source.raw_os_error().is_some_and(|number| TOO_MANY_OPEN.contains(&number)) =>
+        {
+            Err(fault)
+        }
         Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Ok("missing".into()),
         Error::Io { source, .. } => Ok(format!("cannot be read: {source}")),
         Error::MalformedFile { found, expected, .. } => Ok(format!("found {found}, expected {expected}")),
