@@ -175,19 +175,26 @@ def synthesize(
     if any(folder.iterdir()):
         raise ConversionError(f"{folder}: found files in it, expected a new or an empty folder")
     spec = {name: {tensor.name: tensor.spec() for tensor in content} for name, content in files.items()}
-    with observe(progress) as callback:
-        _core.synthesize(folder, json.dumps(spec), seed, workers=workers, callback=callback)
+    if layout == "huggingface":
+        beside = {"config.json": config, "generation_config.json": _generation_config(config)}
+    else:
+        beside = {"config.json": _original_config(config)}
     if len(files) > 1:
-        index = {
+        beside["model.safetensors.index.json"] = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
             "weight_map": {tensor.name: name for name, content in files.items() for tensor in content},
         }
-        _write_json(folder / "model.safetensors.index.json", index)
-    if layout == "huggingface":
-        _write_json(folder / "config.json", config)
-        _write_json(folder / "generation_config.json", _generation_config(config))
-    else:
-        _write_json(folder / "config.json", _original_config(config))
+    try:
+        # The index first: without it, some of the files would pass for a whole checkpoint.
+        for name, content in beside.items():
+            _write_json(folder / name, content)
+        with observe(progress) as callback:
+            _core.synthesize(folder, json.dumps(spec), seed, workers=workers, callback=callback)
+    except BaseException:
+        # The folder was empty: what is in it was never a checkpoint, and would only be in the way of the next try.
+        for name in (*beside, *files, *(f"{name}.tmp" for name in files)):
+            (folder / name).unlink(missing_ok=True)
+        raise
     return folder
 
 
@@ -371,4 +378,9 @@ def _shard(tensors: list[_Tensor]) -> dict[str, list[_Tensor]]:
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    try:
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    except OSError as fault:
+        # Opening a file says which one; writing does not.
+        fault.filename = str(path)
+        raise
