@@ -23,8 +23,8 @@ use crate::work::Resources;
 const FAILED: u8 = 1;
 /// Exit status of a usage error.
 const USAGE: u8 = 2;
-/// Exit status after Ctrl-C: 128 and the number of SIGINT, as shells count.
-const INTERRUPTED: u8 = 130;
+/// Exit status of a job that was stopped: 128 and the number of SIGINT, as shells count.
+pub const INTERRUPTED: u8 = 130;
 
 /// What runs the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,11 +1,14 @@
 """The command line. Its flags are defined in Rust; here are the commands that need Python."""
 
 import argparse
+import contextlib
+import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tensorport import _core
 from tensorport.checkpoint import open
@@ -16,9 +19,46 @@ from tensorport.synthesize import LAYOUTS, PRESETS, synthesize
 __all__ = ["main"]
 
 
+# Exit status of a job that was stopped: 128 and the number of SIGINT, as shells count.
+_INTERRUPTED = 130
+
+# Signals other than Ctrl-C's that ask a program to stop.
+_STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line on `argv` (default: sys.argv) and returns its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    received: list[int] = []
+    try:
+        with _stopped_by_signals(received):
+            status = _run(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = _INTERRUPTED
+    return 128 + received[0] if received and status == _INTERRUPTED else status
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(received: list[int]) -> Iterator[None]:
+    """Signals that would end the process are listed and raise KeyboardInterrupt instead."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    # What is ignored stays ignored, for nohup asks for that; only the main thread may choose.
+    is_main = threading.current_thread() is threading.main_thread()
+    caught = [number for number in _STOPPING if is_main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in caught:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _run(arguments: list[str]) -> int:
     command = _COMMANDS.get(arguments[0]) if arguments else None
     if sys.stdout is not None:  # closed before Python started
         sys.stdout.flush()
@@ -28,9 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(arguments[1:])
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a usage error
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except ValueError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
