@@ -318,6 +318,11 @@ impl SourceFile {
         Ok(file)
     }
 
+    /// Makes sure that the file is there and still the one that was validated.
+    pub fn check(&self) -> Result<()> {
+        self.check_unchanged(&std::fs::metadata(&self.path).map_err(|fault| Error::io(&self.path, fault))?)
+    }
+
     /// Makes sure that nobody replaced or edited the file since the checkpoint was opened.
     pub fn check_unchanged(&self, stat: &Metadata) -> Result<()> {
         if (stat.len(), modified_ns(stat)) == (self.nbytes, self.modified_ns) {

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::cast::{Counts, OnOverflow, Target};
 use crate::check::{self, CheckFile, CheckTensor};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, SourceFile};
 use crate::checksum::{TensorChecksums, TensorHasher};
 use crate::dtype;
 use crate::error::{Error, Result};
@@ -94,10 +94,7 @@ pub fn convert(
     let done = job.recheck(&listed, pool, observer)?;
     let resumed_tensors = done.len() as u64;
     let entries = job.write_tensors(&folder.journal, done, pool, observer)?;
-    for file in checkpoint.files() {
-        let stat = std::fs::metadata(&file.path).map_err(|fault| Error::io(&file.path, fault))?;
-        file.check_unchanged(&stat)?;
-    }
+    checkpoint.files().iter().try_for_each(SourceFile::check)?;
     let manifest = job.manifest(&entries)?;
     if mode.verify {
         job.verify_written(&manifest, pool, observer)?;
@@ -389,6 +386,11 @@ impl<'a> Job for WriteJob<'a> {
     }
 
     fn finish(&self, item: usize, state: WriteState) -> Result<()> {
+        // The journal outlives this run: it must not vouch for a tensor that was read from an edited file.
+        let specs = self.tensors[item].sources.iter().map(|&source| &self.checkpoint.tensors()[source]);
+        for part in specs.flat_map(|spec| &spec.parts) {
+            self.checkpoint.files()[part.file].check()?;
+        }
         let checksums = state.hasher.finish();
         let entry = Entry {
             tensor: self.tensors[item].name.clone(),

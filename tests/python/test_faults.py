@@ -381,11 +381,8 @@ def many(tmp_path_factory: pytest.TempPathFactory, write_safetensors: Write) -> 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("number", [0, 1], ids=["which is being read", "which is read later"])
 def test_a_source_file_that_changes_under_way_is_named_and_its_return_resumes(
-    request: pytest.FixtureRequest, many: Path, tmp_path: Path, change: str, number: int
+    many: Path, tmp_path: Path, change: str, number: int
 ) -> None:
-    if (change, number) == ("edited", 0):
-        reason = "the journal vouches for tensors that were read from the edited file"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True, raises=AssertionError))
     (action, expected), path = CHANGES[change], many / f"model-{number}.safetensors"
     with restored(path):
         with stopped(many, tmp_path / "out", SMALL, tensors=20) as outcome:
