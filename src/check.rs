@@ -5,10 +5,13 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use safetensors::Dtype;
+
 use crate::cast::Counts;
-use crate::checksum::{TensorChecksums, TensorHasher};
+use crate::checksum::{Checksum, TensorHasher};
 use crate::error::{Error, Result};
 use crate::file;
+use crate::output::npy;
 use crate::plan::PlannedTensor;
 use crate::progress::{Observer, Phase, Progress};
 use crate::transform::{self, Producer};
@@ -19,10 +22,16 @@ use crate::work::{self, Chunk, Chunks, Job, Pool, lock};
 pub(crate) struct CheckTensor<'a> {
     /// Its name.
     pub name: &'a str,
+    /// Its dtype.
+    pub dtype: Dtype,
+    /// Its shape.
+    pub shape: &'a [u64],
     /// Its files, in order.
     pub files: Vec<CheckFile<'a>>,
-    /// Hashes of its data.
-    pub checksums: TensorChecksums,
+    /// Hash of its data, as recorded.
+    pub whole: Checksum,
+    /// Hash of its data in each file, as recorded.
+    pub parts: &'a [Checksum],
     /// Values that overflow and underflow, where they are to be compared with the source.
     pub counts: Option<(u64, u64)>,
     /// How to make it from the source, when its values are to be compared.
@@ -33,8 +42,6 @@ pub(crate) struct CheckTensor<'a> {
 pub(crate) struct CheckFile<'a> {
     /// Path relative to the tree.
     pub path: &'a str,
-    /// Bytes that it begins with.
-    pub header: Vec<u8>,
     /// Its size.
     pub nbytes: u64,
     /// Where the data begins.
@@ -47,6 +54,12 @@ impl CheckTensor<'_> {
     /// Bytes of its data.
     pub fn nbytes(&self) -> u64 {
         self.files.last().map_or(0, |file| file.data.end)
+    }
+
+    /// The npy header of one of its files; None where the file's data is no whole number of rows.
+    pub fn npy_header(&self, file: &CheckFile<'_>) -> Option<Vec<u8>> {
+        let nbytes = file.data.end - file.data.start;
+        npy::part_shape(self.dtype, self.shape, self.nbytes(), nbytes).map(|shape| npy::header(self.dtype, &shape))
     }
 
     fn failure(&self, file: &CheckFile<'_>, what: String) -> Failure {
@@ -72,7 +85,7 @@ pub(crate) fn check_tensors(
     for (item, tensor) in tensors.iter().enumerate() {
         // Sizes and headers first: a manifest can claim any number of bytes, but only those that are there are read.
         for file in &tensor.files {
-            if let Err(fault) = open_checked(&root.join(file.path), file) {
+            if let Err(fault) = open_checked(&root.join(file.path), tensor, file) {
                 failures.push((item, tensor.failure(file, read_fault(fault)?)));
                 whole[item] = false;
             }
@@ -162,7 +175,7 @@ impl<'a> Job for CheckJob<'a> {
         let unit_bytes = tensor.unit_bytes();
         let nbytes = (chunk.units.end - chunk.units.start) * unit_bytes;
         scratch.written_bytes = usize::try_from(nbytes).expect("no more than a worker's buffer");
-        transform::grow(&mut scratch.written, scratch.written_bytes);
+        transform::grow(&mut scratch.written, scratch.written_bytes)?;
         let start = chunk.units.start * unit_bytes;
         scratch.fault = self.read(chunk, scratch, start).err().map(read_fault).transpose()?.map(Fault::File);
         if let (None, Some(planned), Some(producer)) = (&scratch.fault, tensor.planned, &mut scratch.producer) {
@@ -198,14 +211,13 @@ impl<'a> Job for CheckJob<'a> {
         }
         let tensor = &self.tensors[item];
         let found = state.hasher.finish();
-        let told = &tensor.checksums;
-        for (piece, (found, expected)) in found.parts.iter().zip(&told.parts).enumerate() {
+        for (piece, (found, expected)) in found.parts.iter().zip(tensor.parts).enumerate() {
             if found != expected {
                 self.fail(item, piece, "its checksum does not hold".into());
             }
         }
-        let (same_number, same_parts) = (found.parts.len() == told.parts.len(), found.parts == told.parts);
-        if !same_number || (same_parts && found.whole != told.whole) {
+        let (same_number, same_parts) = (found.parts.len() == tensor.parts.len(), found.parts == tensor.parts);
+        if !same_number || (same_parts && found.whole != tensor.whole) {
             self.failures().push((
                 item,
                 verify::in_manifest(Some(tensor.name), "its checksums are not those of its parts".into()),
@@ -223,11 +235,12 @@ impl<'a> Job for CheckJob<'a> {
 impl CheckJob<'_> {
     /// Reads a chunk of a written tensor, after checking its file when it is opened.
     fn read(&self, chunk: &Chunk, scratch: &mut CheckScratch<'_>, start: u64) -> Result<()> {
-        let file = &self.tensors[chunk.item].files[chunk.piece];
+        let tensor = &self.tensors[chunk.item];
+        let file = &tensor.files[chunk.piece];
         let path = self.root.join(file.path);
         let handle = match &mut scratch.handle {
             Some((item, piece, handle)) if (*item, *piece) == (chunk.item, chunk.piece) => handle,
-            slot => &mut slot.insert((chunk.item, chunk.piece, open_checked(&path, file)?)).2,
+            slot => &mut slot.insert((chunk.item, chunk.piece, open_checked(&path, tensor, file)?)).2,
         };
         file::read_exact_at(
             &path,
@@ -247,14 +260,15 @@ impl CheckJob<'_> {
     }
 }
 
-fn open_checked(path: &Path, expected: &CheckFile<'_>) -> Result<File> {
+fn open_checked(path: &Path, tensor: &CheckTensor<'_>, expected: &CheckFile<'_>) -> Result<File> {
     let (handle, stat) = file::open_regular(path)?;
     if stat.len() != expected.nbytes {
         return Err(Error::file(path, format_args!("{} bytes", stat.len()), format_args!("{}", expected.nbytes)));
     }
-    let mut header = vec![0; expected.header.len()];
+    let expected = tensor.npy_header(expected);
+    let mut header = vec![0; expected.as_ref().map_or(0, Vec::len)];
     file::read_exact_at(path, &handle, &mut header, 0)?;
-    if header != expected.header {
+    if Some(header) != expected {
         return Err(Error::file(path, "another npy header", "the one for its dtype and shape"));
     }
     Ok(handle)

@@ -1,6 +1,6 @@
 //! A checkpoint: a file, a directory of shard files or a converted tree, as one validated table of named tensors.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fs::Metadata;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -35,7 +35,8 @@ pub struct Checkpoint {
     files: Vec<SourceFile>,
     fingerprints: Vec<Fingerprint>,
     tensors: Vec<TensorSpec>,
-    by_name: HashMap<String, usize>,
+    /// Indices of the tensors, sorted by name: a table of a million names takes little more than the names.
+    by_name: Vec<u32>,
     metadata: OrderedMap<String>,
     total_parameters: u64,
     stored_elements: u64,
@@ -187,16 +188,16 @@ impl Checkpoint {
                 metadata.entry(key).or_insert(value);
             }
             for entry in header.tensors {
-                builder.add_tensor(TensorSpec {
+                builder.tensors.push(TensorSpec {
                     parts: vec![Part { file, offset: entry.offset, nbytes: entry.nbytes }],
                     name: entry.name,
                     dtype: entry.dtype,
                     shape: entry.shape,
                     nbytes: entry.nbytes,
-                })?;
+                });
             }
         }
-        Ok(builder.finish(OrderedMap(metadata.into_iter().collect())))
+        builder.finish(OrderedMap(metadata.into_iter().collect()))
     }
 
     fn from_tree(root: &Path, manifest_bytes: &[u8]) -> Result<Self> {
@@ -220,9 +221,9 @@ impl Checkpoint {
                 let file = builder.add_file(relative.clone(), &path, &stat)?;
                 parts.push(Part { file, offset, nbytes });
             }
-            builder.add_tensor(TensorSpec { parts, ..spec })?;
+            builder.tensors.push(TensorSpec { parts, ..spec });
         }
-        Ok(builder.finish(manifest.metadata))
+        builder.finish(manifest.metadata)
     }
 
     /// The path given to [`Checkpoint::open`].
@@ -258,7 +259,8 @@ impl Checkpoint {
     /// The tensor of this name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&TensorSpec> {
-        self.by_name.get(name).map(|&index| &self.tensors[index])
+        let found = self.by_name.binary_search_by_key(&name, |&index| &self.tensors[index as usize].name);
+        found.ok().map(|place| &self.tensors[self.by_name[place] as usize])
     }
 
     /// The `__metadata__` of its files; where two files disagree, the first one's word.
@@ -340,19 +342,11 @@ struct Builder {
     files: Vec<SourceFile>,
     fingerprints: Vec<Fingerprint>,
     tensors: Vec<TensorSpec>,
-    by_name: HashMap<String, usize>,
 }
 
 impl Builder {
     fn new(root: &Path, kind: Kind) -> Self {
-        Self {
-            root: root.to_path_buf(),
-            kind,
-            files: Vec::new(),
-            fingerprints: Vec::new(),
-            tensors: Vec::new(),
-            by_name: HashMap::new(),
-        }
+        Self { root: root.to_path_buf(), kind, files: Vec::new(), fingerprints: Vec::new(), tensors: Vec::new() }
     }
 
     fn add_file(&mut self, name: String, path: &Path, stat: &Metadata) -> Result<usize> {
@@ -363,33 +357,43 @@ impl Builder {
         Ok(self.files.len() - 1)
     }
 
-    fn add_tensor(&mut self, tensor: TensorSpec) -> Result<()> {
-        if let Some(&first) = self.by_name.get(&tensor.name) {
-            let path_of = |tensor: &TensorSpec| tensor.parts.first().map(|part| self.files[part.file].path.as_path());
-            let path = path_of(&tensor).unwrap_or(&self.root);
-            let first = path_of(&self.tensors[first]).unwrap_or(&self.root);
-            let found = format_args!("the name also in {}", first.display());
-            return Err(Error::tensor(path, &tensor.name, found, "each tensor in one file"));
-        }
-        self.by_name.insert(tensor.name.clone(), self.tensors.len());
-        self.tensors.push(tensor);
-        Ok(())
-    }
-
-    fn finish(self, metadata: OrderedMap<String>) -> Checkpoint {
+    fn finish(self, metadata: OrderedMap<String>) -> Result<Checkpoint> {
+        let by_name = self.sort_names()?;
         let candidates: Vec<_> = self.tensors.iter().map(|tensor| tensor.candidate(&self.root)).collect();
         let (total_parameters, stored_elements) = mxfp4::count_parameters(&candidates);
-        Checkpoint {
+        Ok(Checkpoint {
             root: self.root,
             kind: self.kind,
             files: self.files,
             fingerprints: self.fingerprints,
             tensors: self.tensors,
-            by_name: self.by_name,
+            by_name,
             metadata,
             total_parameters,
             stored_elements,
+        })
+    }
+
+    /// Indices of the tensors, sorted by name; refuses a name that comes twice.
+    fn sort_names(&self) -> Result<Vec<u32>> {
+        let count = u32::try_from(self.tensors.len()).map_err(|_| {
+            let found = format_args!("{} tensors", self.tensors.len());
+            Error::file(&self.root, found, "at most 2^32 - 1")
+        })?;
+        let name = |&index: &u32| self.tensors[index as usize].name.as_str();
+        let mut by_name: Vec<u32> = (0..count).collect();
+        // By place among equals: the message speaks of the second place first.
+        by_name.sort_unstable_by(|a, b| name(a).cmp(name(b)).then(a.cmp(b)));
+        let twice = by_name.windows(2).filter(|pair| name(&pair[0]) == name(&pair[1])).min_by_key(|pair| pair[1]);
+        if let Some(&[first, second]) = twice {
+            let path_of = |index: u32| {
+                let part = self.tensors[index as usize].parts.first();
+                part.map_or(self.root.as_path(), |part| &self.files[part.file].path)
+            };
+            let found = format_args!("the name also in {}", path_of(first).display());
+            return Err(Error::tensor(path_of(second), name(&second), found, "each tensor in one file"));
         }
+        Ok(by_name)
     }
 }
 

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::cast::{Counts, OnOverflow, Target};
 use crate::check::{self, CheckFile, CheckTensor};
 use crate::checkpoint::{Checkpoint, SourceFile};
-use crate::checksum::{TensorChecksums, TensorHasher};
+use crate::checksum::TensorHasher;
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::file;
@@ -23,7 +23,7 @@ use crate::progress::{Observer, Phase, Progress};
 use crate::side_files::{self, SideFile};
 use crate::sink::Sinks;
 use crate::transform::{self, Producer};
-use crate::verify;
+use crate::verify::{self, Failure, VerificationReport};
 use crate::work::{self, Chunk, Chunks, Job, Pool, Resources, lock};
 
 /// How a conversion treats what is already in the output folder, and whether it checks what it wrote.
@@ -87,20 +87,21 @@ pub fn convert(
     let side_files = side_files::plan(&checkpoint, &plan, options)?;
     let job = Conversion { checkpoint: &checkpoint, plan: &plan, side_files: &side_files, options, output };
     let expected = Expected::new(&checkpoint, &plan, &side_files, options);
-    let (folder, listed) = match OutputFolder::prepare(output, &expected, mode)? {
+    let (folder, listed) = match OutputFolder::prepare(output, expected, mode)? {
         Prepared::Ready(folder, listed) => (folder, listed),
         Prepared::Finished(manifest) => return job.report_finished(&manifest, pool, observer, started),
     };
-    let done = job.recheck(&listed, pool, observer)?;
-    let resumed_tensors = done.len() as u64;
+    let done = job.recheck(listed, pool, observer)?;
+    let resumed_tensors = done.iter().flatten().count() as u64;
     let entries = job.write_tensors(&folder.journal, done, pool, observer)?;
     checkpoint.files().iter().try_for_each(SourceFile::check)?;
-    let manifest = job.manifest(&entries)?;
+    let manifest = job.manifest()?;
     if mode.verify {
-        job.verify_written(&manifest, pool, observer)?;
+        job.verify_written(&manifest, &entries, pool, observer)?;
     }
-    folder.finish(&manifest)?;
-    Ok(job.report(&manifest, resumed_tensors, mode.verify, started))
+    folder.finish(&manifest, job.tensor_infos(&entries))?;
+    let losses = entries.iter().map(|entry| (entry.tensor.as_str(), entry.overflow, entry.underflow));
+    Ok(job.report(&manifest, losses, resumed_tensors, mode.verify, started))
 }
 
 struct Conversion<'a> {
@@ -112,45 +113,57 @@ struct Conversion<'a> {
 }
 
 impl Conversion<'_> {
-    /// Of the tensors that the journal lists, those whose files are there and whole.
+    /// For each planned tensor what the journal says of it, if its files are there and whole.
     fn recheck(
         &self,
-        listed: &HashMap<String, Entry>,
+        mut listed: HashMap<String, Entry>,
         pool: Pool,
         observer: &mut Observer<'_>,
-    ) -> Result<HashMap<String, Entry>> {
-        let listed_tensors: Vec<_> =
-            self.plan.tensors.iter().filter_map(|tensor| Some((tensor, listed.get(&tensor.name)?))).collect();
-        if listed_tensors.is_empty() {
-            return Ok(HashMap::new());
+    ) -> Result<Vec<Option<Entry>>> {
+        let mut done: Vec<_> = self.plan.tensors.iter().map(|tensor| listed.remove(&tensor.name)).collect();
+        if done.iter().any(Option::is_some) {
+            let entries = done.iter().map(Option::as_ref);
+            let failures = self.check(Phase::Check, entries, pool, observer)?;
+            let broken: BTreeSet<_> = failures.into_iter().filter_map(|failure| failure.tensor).collect();
+            for entry in &mut done {
+                entry.take_if(|entry| broken.contains(&entry.tensor));
+            }
         }
-        let checks: Vec<_> =
-            listed_tensors.iter().map(|(tensor, entry)| self.check_of(tensor, entry.checksums())).collect();
-        let failures = check::check_tensors(Phase::Check, self.output, &checks, None, pool, observer)?;
-        let broken: BTreeSet<_> = failures.into_iter().filter_map(|failure| failure.tensor).collect();
-        let whole = listed_tensors.into_iter().filter(|(tensor, _)| !broken.contains(&tensor.name));
-        Ok(whole.map(|(tensor, entry)| (tensor.name.clone(), entry.clone())).collect())
+        Ok(done)
     }
 
-    fn check_of<'b>(&'b self, tensor: &'b PlannedTensor, checksums: TensorChecksums) -> CheckTensor<'b> {
+    /// Re-reads the tensors that have an entry.
+    fn check<'b>(
+        &'b self,
+        phase: Phase,
+        entries: impl Iterator<Item = Option<&'b Entry>>,
+        pool: Pool,
+        observer: &mut Observer<'_>,
+    ) -> Result<Vec<Failure>> {
+        let checks: Vec<_> = self
+            .plan
+            .tensors
+            .iter()
+            .zip(entries)
+            .filter_map(|(tensor, entry)| Some(self.check_of(tensor, entry?)))
+            .collect();
+        check::check_tensors(phase, self.output, &checks, None, pool, observer)
+    }
+
+    fn check_of<'b>(&'b self, tensor: &'b PlannedTensor, entry: &'b Entry) -> CheckTensor<'b> {
         let unit_bytes = tensor.transform.output_unit_bytes();
+        let files = tensor.pieces.iter().map(|piece| {
+            let file = &self.plan.files[piece.file];
+            let data = piece.units.start * unit_bytes..piece.units.end * unit_bytes;
+            CheckFile { path: &file.path, nbytes: file.nbytes, offset: piece.offset, data }
+        });
         CheckTensor {
             name: &tensor.name,
-            files: tensor
-                .pieces
-                .iter()
-                .map(|piece| {
-                    let file = &self.plan.files[piece.file];
-                    CheckFile {
-                        path: &file.path,
-                        header: file.header.clone(),
-                        nbytes: file.nbytes,
-                        offset: piece.offset,
-                        data: piece.units.start * unit_bytes..piece.units.end * unit_bytes,
-                    }
-                })
-                .collect(),
-            checksums,
+            dtype: tensor.dtype,
+            shape: &tensor.shape,
+            files: files.collect(),
+            whole: entry.xxh3_128,
+            parts: &entry.part_xxh3_128,
             counts: None,
             planned: None,
         }
@@ -160,57 +173,50 @@ impl Conversion<'_> {
     fn write_tensors(
         &self,
         journal: &Journal,
-        done: HashMap<String, Entry>,
+        done: Vec<Option<Entry>>,
         pool: Pool,
         observer: &mut Observer<'_>,
-    ) -> Result<HashMap<String, Entry>> {
+    ) -> Result<Vec<Entry>> {
         for (shard, _) in &self.plan.shards {
             let folder = self.output.join(shard);
             output_folder::refuse_link(&folder)?;
             std::fs::create_dir_all(&folder).map_err(|fault| Error::io(&folder, fault))?;
         }
-        let tensors: Vec<_> = self.plan.tensors.iter().filter(|tensor| !done.contains_key(&tensor.name)).collect();
-        let names = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
-        let bytes_total = tensors.iter().map(|tensor| tensor.nbytes).sum();
+        let todo: Vec<_> = (0..done.len()).filter(|&tensor| done[tensor].is_none()).collect();
+        let tensors = || todo.iter().map(|&tensor| &self.plan.tensors[tensor]);
+        let names = tensors().map(|tensor| tensor.name.as_str()).collect();
+        let bytes_total = tensors().map(|tensor| tensor.nbytes).sum();
         let progress = Progress::new(Phase::Convert, names, bytes_total);
         let job = WriteJob {
             checkpoint: self.checkpoint,
-            tensors: &tensors,
+            tensors: &self.plan.tensors,
+            todo: &todo,
             worker_bytes: pool.worker_bytes,
             sinks: Sinks::new(
                 self.output,
                 &self.plan.files,
-                tensors.iter().flat_map(|tensor| tensor.pieces.iter().map(|piece| piece.file)),
+                tensors().flat_map(|tensor| tensor.pieces.iter().map(|piece| piece.file)),
             ),
             on_overflow: self.options.on_overflow,
             journal,
             entries: Mutex::new(done),
             progress: &progress,
         };
-        work::run(&job, 0..tensors.len(), pool.workers, &progress, observer)?;
+        work::run(&job, 0..todo.len(), pool.workers, &progress, observer)?;
         for (shard, _) in &self.plan.shards {
             file::sync_folder(&self.output.join(shard))?;
         }
-        Ok(job.entries.into_inner().unwrap_or_else(PoisonError::into_inner))
+        let entries = job.entries.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(entries.into_iter().map(|entry| entry.expect("what was not done before is done now")).collect())
     }
 
-    /// Writes the side files and says all that is known of the tree.
-    fn manifest(&self, entries: &HashMap<String, Entry>) -> Result<Manifest> {
-        let mut side_files = Vec::with_capacity(self.side_files.len());
-        for file in self.side_files {
-            side_files.push((file.name.clone(), file.write(self.output)?));
-        }
-        let tensors = self.plan.tensors.iter().map(|tensor| {
-            let entry = &entries[&tensor.name];
-            let unit_bytes = tensor.transform.output_unit_bytes();
+    /// What the manifest says of each tensor, made when it is asked for.
+    fn tensor_infos<'b>(&'b self, entries: &'b [Entry]) -> impl Iterator<Item = (&'b str, TensorInfo)> {
+        self.plan.tensors.iter().zip(entries).map(|(tensor, entry)| {
             let info = TensorInfo {
                 files: tensor.pieces.iter().map(|piece| self.plan.files[piece.file].path.clone()).collect(),
                 offsets: tensor.pieces.iter().map(|piece| piece.offset).collect(),
-                part_nbytes: tensor
-                    .pieces
-                    .iter()
-                    .map(|piece| (piece.units.end - piece.units.start) * unit_bytes)
-                    .collect(),
+                part_nbytes: tensor.pieces.iter().map(|piece| tensor.piece_nbytes(piece)).collect(),
                 shape: tensor.shape.clone(),
                 dtype: dtype::name(tensor.dtype).into(),
                 source_dtype: tensor.source_dtype.into(),
@@ -220,11 +226,19 @@ impl Conversion<'_> {
                 overflow: entry.overflow,
                 underflow: entry.underflow,
             };
-            (tensor.name.clone(), info)
-        });
+            (tensor.name.as_str(), info)
+        })
+    }
+
+    /// Writes the side files, and says all that the manifest does but for the tensors.
+    fn manifest(&self) -> Result<Manifest> {
+        let mut side_files = Vec::with_capacity(self.side_files.len());
+        for file in self.side_files {
+            side_files.push((file.name.clone(), file.write(self.output)?));
+        }
         let shards = self.plan.shards.iter().map(|(name, range)| {
             let files = &self.plan.files[range.clone()];
-            let nbytes = files.iter().map(|file| file.nbytes - file.header.len() as u64).sum();
+            let nbytes = files.iter().map(|file| file.nbytes - file.data_offset).sum();
             (name.clone(), ShardInfo { files: files.len() as u64, nbytes })
         });
         let format = serde_json::to_value(self.options.format).expect("a unit variant serializes");
@@ -241,23 +255,54 @@ impl Conversion<'_> {
             metadata: self.checkpoint.metadata().clone(),
             shards: OrderedMap(shards.collect()),
             side_files: OrderedMap(side_files),
-            tensors: OrderedMap(tensors.collect()),
+            tensors: OrderedMap::default(),
             manifest_xxh3_128: String::new(),
         })
     }
 
     /// Re-reads what was written, before the manifest vouches for it.
-    fn verify_written(&self, manifest: &Manifest, pool: Pool, observer: &mut Observer<'_>) -> Result<()> {
-        let report = verify::check_tree(self.output, manifest, None, pool, observer)?;
-        if report.ok { Ok(()) } else { Err(Error::Verification(Box::new(report))) }
+    fn verify_written(
+        &self,
+        manifest: &Manifest,
+        entries: &[Entry],
+        pool: Pool,
+        observer: &mut Observer<'_>,
+    ) -> Result<()> {
+        let started = Instant::now();
+        let mut failures = Vec::new();
+        verify::check_side_files(self.output, manifest, &mut failures)?;
+        failures.extend(self.check(Phase::Verify, entries.iter().map(Some), pool, observer)?);
+        if failures.is_empty() {
+            return Ok(());
+        }
+        Err(Error::Verification(Box::new(VerificationReport {
+            output: self.output.to_path_buf(),
+            ok: false,
+            failures,
+            tensors: manifest.total_tensors,
+            nbytes: manifest.total_bytes,
+            compared_with_source: false,
+            seconds: started.elapsed().as_secs_f64(),
+        })))
     }
 
-    fn report(&self, manifest: &Manifest, resumed_tensors: u64, verified: bool, started: Instant) -> ConversionReport {
-        let counted = |count: fn(&TensorInfo) -> u64| {
-            let counts = manifest.tensors.0.iter().map(|(name, info)| (name.clone(), count(info)));
-            OrderedMap(counts.filter(|(_, count)| *count > 0).collect())
-        };
-        let (overflow, underflow) = (counted(|info| info.overflow), counted(|info| info.underflow));
+    /// `losses` are each tensor's overflow and underflow.
+    fn report<'b>(
+        &self,
+        manifest: &Manifest,
+        losses: impl Iterator<Item = (&'b str, u64, u64)>,
+        resumed_tensors: u64,
+        verified: bool,
+        started: Instant,
+    ) -> ConversionReport {
+        let (mut overflow, mut underflow) = (OrderedMap::default(), OrderedMap::default());
+        for (name, overflows, underflows) in losses {
+            for (counts, count) in [(&mut overflow, overflows), (&mut underflow, underflows)] {
+                if count > 0 {
+                    counts.0.push((name.to_owned(), count));
+                }
+            }
+        }
         let of_origin = |origin: SideFileOrigin| {
             let files = manifest.side_files.0.iter().filter(|(_, info)| info.origin == origin);
             files.map(|(name, _)| name.clone()).collect()
@@ -274,7 +319,7 @@ impl Conversion<'_> {
             total_tensors: manifest.total_tensors,
             total_parameters: manifest.total_parameters,
             total_bytes: manifest.total_bytes,
-            total_files: manifest.tensors.0.iter().map(|(_, info)| info.files.len() as u64).sum(),
+            total_files: self.plan.files.len() as u64,
             resumed_tensors,
             overflow,
             underflow,
@@ -295,7 +340,10 @@ impl Conversion<'_> {
         observer: &mut Observer<'_>,
         started: Instant,
     ) -> Result<ConversionReport> {
-        self.verify_written(manifest, pool, observer)?;
+        let written = verify::check_tree(self.output, manifest, None, pool, observer)?;
+        if !written.ok {
+            return Err(Error::Verification(Box::new(written)));
+        }
         let source =
             verify::Source { checkpoint: self.checkpoint, plan: self.plan, on_overflow: self.options.on_overflow };
         let compared = verify::check_tree(self.output, manifest, Some(&source), pool, observer)?;
@@ -308,19 +356,22 @@ impl Conversion<'_> {
             let found = format_args!("a finished tree of another source ({found})");
             return Err(Error::output(self.output, found, "overwrite, or another folder"));
         }
-        Ok(self.report(manifest, manifest.total_tensors, true, started))
+        let losses = manifest.tensors.0.iter().map(|(name, info)| (name.as_str(), info.overflow, info.underflow));
+        Ok(self.report(manifest, losses, manifest.total_tensors, true, started))
     }
 }
 
 /// Writes tensors chunk by chunk.
 struct WriteJob<'a> {
     checkpoint: &'a Checkpoint,
-    tensors: &'a [&'a PlannedTensor],
+    tensors: &'a [PlannedTensor],
+    /// Which of the tensors to write.
+    todo: &'a [usize],
     worker_bytes: u64,
     sinks: Sinks<'a>,
     on_overflow: OnOverflow,
     journal: &'a Journal,
-    entries: Mutex<HashMap<String, Entry>>,
+    entries: Mutex<Vec<Option<Entry>>>,
     progress: &'a Progress<'a>,
 }
 
@@ -336,12 +387,18 @@ struct WriteState {
     counts: Counts,
 }
 
+impl WriteJob<'_> {
+    fn tensor(&self, item: usize) -> &PlannedTensor {
+        &self.tensors[self.todo[item]]
+    }
+}
+
 impl<'a> Job for WriteJob<'a> {
     type Scratch = WriteScratch<'a>;
     type State = WriteState;
 
     fn chunks(&self, item: usize) -> Chunks {
-        let tensor = self.tensors[item];
+        let tensor = self.tensor(item);
         let chunk_units = transform::chunk_units(tensor.transform, self.worker_bytes);
         Chunks::new(item, tensor.pieces.iter().map(|piece| piece.units.clone()), chunk_units)
     }
@@ -351,22 +408,22 @@ impl<'a> Job for WriteJob<'a> {
     }
 
     fn begin(&self, item: usize) -> WriteState {
-        WriteState { hasher: TensorHasher::new(self.tensors[item].pieces.len()), counts: Counts::default() }
+        WriteState { hasher: TensorHasher::new(self.tensor(item).pieces.len()), counts: Counts::default() }
     }
 
     fn process(&self, chunk: &Chunk, scratch: &mut Self::Scratch) -> Result<()> {
-        let tensor = self.tensors[chunk.item];
+        let tensor = self.tensor(chunk.item);
         scratch.counts = scratch.producer.produce(tensor, &chunk.units)?;
         let output = scratch.producer.output();
         let piece = &tensor.pieces[chunk.piece];
         let skipped = (chunk.units.start - piece.units.start) * tensor.transform.output_unit_bytes();
-        self.sinks.write(piece.file, output, piece.offset + skipped)?;
+        self.sinks.write(piece.file, output, piece.offset + skipped, || tensor.npy_header(piece))?;
         self.progress.add_bytes(output.len() as u64);
         Ok(())
     }
 
     fn commit(&self, chunk: &Chunk, scratch: &mut Self::Scratch, state: &mut WriteState) -> Result<()> {
-        let tensor = self.tensors[chunk.item];
+        let tensor = self.tensor(chunk.item);
         state.hasher.update(scratch.producer.output(), chunk.ends_piece);
         state.counts.merge(scratch.counts);
         if chunk.ends_item && state.counts.overflow > 0 && self.on_overflow == OnOverflow::Error {
@@ -387,13 +444,13 @@ impl<'a> Job for WriteJob<'a> {
 
     fn finish(&self, item: usize, state: WriteState) -> Result<()> {
         // The journal outlives this run: it must not vouch for a tensor that was read from an edited file.
-        let specs = self.tensors[item].sources.iter().map(|&source| &self.checkpoint.tensors()[source]);
+        let specs = self.tensor(item).sources.iter().map(|&source| &self.checkpoint.tensors()[source]);
         for part in specs.flat_map(|spec| &spec.parts) {
             self.checkpoint.files()[part.file].check()?;
         }
         let checksums = state.hasher.finish();
         let entry = Entry {
-            tensor: self.tensors[item].name.clone(),
+            tensor: self.tensor(item).name.clone(),
             xxh3_128: checksums.whole,
             part_xxh3_128: checksums.parts,
             overflow: state.counts.overflow,
@@ -402,7 +459,7 @@ impl<'a> Job for WriteJob<'a> {
         // Under the lock: lines of two workers must not mix.
         let mut entries = lock(&self.entries);
         self.journal.append(&entry)?;
-        entries.insert(entry.tensor.clone(), entry);
+        entries[self.todo[item]] = Some(entry);
         Ok(())
     }
 }

@@ -1,7 +1,7 @@
 //! Files by position: reads and writes that share one handle between threads, and durable renames.
 
 use std::fs::{File, Metadata, TryLockError};
-use std::io;
+use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use crate::error::{Error, Result};
@@ -99,13 +99,18 @@ pub fn create_temporary(temporary: &Path) -> Result<File> {
     File::options().write(true).create_new(true).open(temporary).map_err(|fault| Error::io(temporary, fault))
 }
 
-/// Writes a whole small file: temporary name, fsync, rename.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+/// Has `write` write a whole file: temporary name, fsync, rename.
+pub fn write_atomically(path: &Path, write: impl FnOnce(&mut BufWriter<&File>) -> io::Result<()>) -> Result<()> {
     let temporary = temporary_path(path);
     let file = create_temporary(&temporary)?;
-    write_all_at(&temporary, &file, bytes, 0)?;
+    let mut out = BufWriter::with_capacity(WRITE_BUFFER_BYTES, &file);
+    write(&mut out).and_then(|()| out.flush()).map_err(|fault| Error::io(&temporary, fault))?;
+    drop(out);
     publish(&file, &temporary, path)
 }
+
+/// Bytes of a buffer for writing text through.
+const WRITE_BUFFER_BYTES: usize = 64 << 10;
 
 /// Makes a finished temporary file appear under its own name.
 pub fn publish(file: &File, temporary: &Path, path: &Path) -> Result<()> {
@@ -166,8 +171,16 @@ pub fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>> {
         return Err(Error::file(path, found, format_args!("at most {limit} bytes")));
     }
     let nbytes = usize::try_from(nbytes).expect("limits are far below the address space");
-    let mut bytes = vec![0; nbytes];
+    let mut bytes = buffer(path, nbytes)?;
     read_exact_at(path, &file, &mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// Zeroed memory to read a file into; too little memory is an error of the file.
+pub fn buffer(path: &Path, nbytes: usize) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    bytes.try_reserve_exact(nbytes).map_err(|_| Error::io(path, io::ErrorKind::OutOfMemory.into()))?;
+    bytes.resize(nbytes, 0);
     Ok(bytes)
 }
 
@@ -179,7 +192,7 @@ const COPY_BUFFER_BYTES: usize = 1 << 20;
 pub fn read_through(path: &Path, mut take: impl FnMut(&[u8], u64) -> Result<()>) -> Result<u64> {
     let (file, metadata) = open_regular(path)?;
     let nbytes = metadata.len();
-    let mut buffer = vec![0; COPY_BUFFER_BYTES];
+    let mut buffer = buffer(path, COPY_BUFFER_BYTES)?;
     let mut offset = 0;
     while offset < nbytes {
         let stretch = usize::try_from(nbytes - offset).unwrap_or(usize::MAX).min(COPY_BUFFER_BYTES);

@@ -73,7 +73,7 @@ pub fn read(path: &Path, file: &File, file_bytes: u64) -> Result<Header> {
         let found = format_args!("a header of {header_bytes} bytes");
         return Err(Error::file(path, found, format_args!("at most the {available} bytes that follow")));
     }
-    let mut bytes = vec![0; LENGTH_BYTES + usize::try_from(header_bytes).expect("at most 100 MB")];
+    let mut bytes = file::buffer(path, LENGTH_BYTES + usize::try_from(header_bytes).expect("at most 100 MB"))?;
     file::read_exact_at(path, file, &mut bytes, 0)?;
     let (metadata, mut tensors) = parse(path, &bytes[LENGTH_BYTES..], available - header_bytes)?;
     for tensor in &mut tensors {

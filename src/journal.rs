@@ -3,9 +3,10 @@
 //! The first line says what is being converted and how; each further line names a tensor whose files are whole. Nothing
 //! in it is trusted: on resume every listed tensor is re-read against its hash.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -28,16 +29,16 @@ const JOURNAL_VERSION: u64 = 1;
 /// First line of the journal.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Header {
+pub struct Header<'a> {
     journal_version: u64,
     tensorport_version: String,
     source: Vec<Fingerprint>,
     modified_ns: Vec<u128>,
     options: Options,
     /// Files that the conversion will write.
-    pub files: Vec<String>,
+    pub files: Vec<Cow<'a, str>>,
     /// Files of an earlier tree that the conversion replaces.
-    pub replaces: Vec<String>,
+    pub replaces: Vec<Cow<'a, str>>,
 }
 
 /// A further line: a tensor whose files are whole.
@@ -71,10 +72,10 @@ pub struct Journal {
     file: File,
 }
 
-impl Header {
+impl<'a> Header<'a> {
     /// The first line for a conversion of `checkpoint`.
     #[must_use]
-    pub fn new(checkpoint: &Checkpoint, options: &Options, files: Vec<String>) -> Self {
+    pub fn new(checkpoint: &Checkpoint, options: &Options, files: Vec<Cow<'a, str>>) -> Self {
         Self {
             journal_version: JOURNAL_VERSION,
             tensorport_version: env!("CARGO_PKG_VERSION").into(),
@@ -88,7 +89,7 @@ impl Header {
 
     /// What keeps a conversion that began with `self` from being resumed as `wanted`, if anything.
     #[must_use]
-    pub fn difference(&self, wanted: &Self) -> Option<String> {
+    pub fn difference(&self, wanted: &Header<'_>) -> Option<String> {
         if self.source != wanted.source || self.modified_ns != wanted.modified_ns {
             return Some("an unfinished conversion of another or an edited source".into());
         }
@@ -105,7 +106,7 @@ impl Header {
 
 impl Journal {
     /// Begins a journal in `folder`, in place of one that may be there.
-    pub fn create(folder: &Path, header: &Header) -> Result<Self> {
+    pub fn create(folder: &Path, header: &Header<'_>) -> Result<Self> {
         let path = folder.join(JOURNAL_NAME);
         let temporary = file::temporary_path(&path);
         let file = file::create_temporary(&temporary)?;
@@ -120,7 +121,7 @@ impl Journal {
     }
 
     /// Reads the journal in `folder`, if there is one: its header and the tensors it lists. Changes nothing.
-    pub fn read(folder: &Path) -> Result<Option<(Header, HashMap<String, Entry>)>> {
+    pub fn read(folder: &Path) -> Result<Option<(Header<'static>, HashMap<String, Entry>)>> {
         let path = folder.join(JOURNAL_NAME);
         match std::fs::symlink_metadata(&path) {
             Err(fault) if fault.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -145,9 +146,10 @@ impl Journal {
 
     /// Adds a line, in one write.
     pub fn append(&self, line: &impl Serialize) -> Result<()> {
-        let mut text = serde_json::to_string(line).expect("plain structs with string keys serialize");
-        text.push('\n');
-        (&self.file).write_all(text.as_bytes()).map_err(|fault| Error::io(&self.path, fault))
+        let mut out = BufWriter::new(&self.file);
+        let written = serde_json::to_writer(&mut out, line).map_err(std::io::Error::from);
+        let written = written.and_then(|()| out.write_all(b"\n")).and_then(|()| out.flush());
+        written.map_err(|fault| Error::io(&self.path, fault))
     }
 
     /// Removes the journal: the conversion is finished.
@@ -157,10 +159,10 @@ impl Journal {
 }
 
 /// The header of a journal, the tensors it lists, and the length of its whole lines: a kill can tear the last one.
-pub fn parse(path: &Path, bytes: &[u8]) -> Result<(Header, HashMap<String, Entry>, usize)> {
+pub fn parse(path: &Path, bytes: &[u8]) -> Result<(Header<'static>, HashMap<String, Entry>, usize)> {
     let mut lines = bytes.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"));
     let first = lines.next().unwrap_or_default();
-    let header: Header = serde_json::from_slice(first).map_err(|fault| {
+    let header: Header<'static> = serde_json::from_slice(first).map_err(|fault| {
         Error::output(path, format_args!("no journal of a conversion ({fault})"), "one, or an empty folder")
     })?;
     let mut whole = first.len();

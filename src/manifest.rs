@@ -1,9 +1,11 @@
 //! `manifest.json`: what a converted tree holds. docs/format.md describes the schema.
 
-use std::fmt::Write as _;
+use std::borrow::Borrow;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::Xxh3;
 
 use crate::checkpoint::Fingerprint;
 use crate::checksum::Checksum;
@@ -53,7 +55,7 @@ pub struct Manifest {
     pub side_files: OrderedMap<SideFileInfo>,
     /// The tensors, in the order of the source.
     pub tensors: OrderedMap<TensorInfo>,
-    /// Hash of the text before it, as 32 hexadecimal digits; computed by [`Manifest::to_text`].
+    /// Hash of the text before it, as 32 hexadecimal digits; computed by [`Manifest::write`].
     pub manifest_xxh3_128: String,
 }
 
@@ -128,29 +130,37 @@ pub struct TensorInfo {
 }
 
 impl Manifest {
-    /// The text of the manifest: one line per entry, its own hash last.
-    #[must_use]
-    pub fn to_text(&self) -> String {
-        let mut text = String::from("{\n");
-        let mut field = |key: &str, json: &str| {
-            writeln!(text, "  {}: {json},", json_text(&key)).expect("writing to a String cannot fail");
-        };
-        field("format", &json_text(&self.format));
-        field("format_version", &json_text(&self.format_version));
-        field("tensorport_version", &json_text(&self.tensorport_version));
-        field("source", &json_text(&self.source));
-        field("options", &json_text(&self.options));
-        field("total_tensors", &json_text(&self.total_tensors));
-        field("total_parameters", &json_text(&self.total_parameters));
-        field("stored_elements", &json_text(&self.stored_elements));
-        field("total_bytes", &json_text(&self.total_bytes));
-        field("metadata", &json_text(&self.metadata));
-        field("shards", &one_entry_a_line(&self.shards));
-        field("side_files", &one_entry_a_line(&self.side_files));
-        field("tensors", &one_entry_a_line(&self.tensors));
-        let hash = Checksum::of(text.as_bytes());
-        writeln!(text, "{}\n}}", self_hash_line(hash)).expect("writing to a String cannot fail");
-        text
+    /// Writes the text of the manifest: one line per entry, its own hash last.
+    pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        self.write_with(self.tensors.0.iter().map(|(name, info)| (name.as_str(), info)), out)
+    }
+
+    /// Writes the manifest with other tensors than its own, which need not all be in memory.
+    pub fn write_with<'a>(
+        &self,
+        tensors: impl Iterator<Item = (&'a str, impl Borrow<TensorInfo>)>,
+        out: &mut impl Write,
+    ) -> io::Result<()> {
+        let mut text = Hashing { out, hasher: Xxh3::new() };
+        text.write_all(b"{\n")?;
+        text.field("format", &self.format)?;
+        text.field("format_version", &self.format_version)?;
+        text.field("tensorport_version", &self.tensorport_version)?;
+        text.field("source", &self.source)?;
+        text.field("options", &self.options)?;
+        text.field("total_tensors", &self.total_tensors)?;
+        text.field("total_parameters", &self.total_parameters)?;
+        text.field("stored_elements", &self.stored_elements)?;
+        text.field("total_bytes", &self.total_bytes)?;
+        text.field("metadata", &self.metadata)?;
+        text.entries::<ShardInfo, _>("shards", self.shards.0.iter().map(|(name, info)| (name.as_str(), info)))?;
+        text.entries::<SideFileInfo, _>(
+            "side_files",
+            self.side_files.0.iter().map(|(name, info)| (name.as_str(), info)),
+        )?;
+        text.entries::<TensorInfo, _>("tensors", tensors)?;
+        let hash = Checksum(text.hasher.digest128());
+        writeln!(out, "{}\n}}", self_hash_line(hash))
     }
 
     /// Parses and checks a manifest.
@@ -223,12 +233,45 @@ fn self_hash_line(hash: Checksum) -> String {
     format!("  \"{SELF_HASH_KEY}\": \"{hash}\"")
 }
 
-fn json_text<T: Serialize + ?Sized>(value: &T) -> String {
-    serde_json::to_string(value).expect("plain structs with string keys serialize")
+/// Hashes what it passes on.
+struct Hashing<'a, W> {
+    out: &'a mut W,
+    hasher: Xxh3,
 }
 
-fn one_entry_a_line<V: Serialize>(map: &OrderedMap<V>) -> String {
-    let entries: Vec<_> =
-        map.0.iter().map(|(key, value)| format!("\n    {}: {}", json_text(key), json_text(value))).collect();
-    format!("{{{}\n  }}", entries.join(","))
+impl<W: Write> Hashing<'_, W> {
+    /// A field on a line of its own.
+    fn field(&mut self, key: &str, value: &impl Serialize) -> io::Result<()> {
+        write!(self, "  \"{key}\": ")?;
+        serde_json::to_writer(&mut *self, value)?;
+        self.write_all(b",\n")
+    }
+
+    /// A field that is an object with an entry a line.
+    fn entries<'a, V: Serialize, B: Borrow<V>>(
+        &mut self,
+        key: &str,
+        entries: impl Iterator<Item = (&'a str, B)>,
+    ) -> io::Result<()> {
+        write!(self, "  \"{key}\": {{")?;
+        for (number, (name, value)) in entries.enumerate() {
+            self.write_all(if number == 0 { b"\n    " } else { b",\n    " })?;
+            serde_json::to_writer(&mut *self, name)?;
+            self.write_all(b": ")?;
+            serde_json::to_writer(&mut *self, value.borrow())?;
+        }
+        self.write_all(b"\n  },\n")
+    }
+}
+
+impl<W: Write> Write for Hashing<'_, W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.out.write(bytes)?;
+        self.hasher.update(&bytes[..written]);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
 }

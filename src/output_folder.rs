@@ -2,6 +2,7 @@
 //!
 //! Nothing is written to a folder that holds something else, and nothing is deleted that no conversion wrote.
 
+use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
@@ -10,7 +11,7 @@ use crate::convert::Mode;
 use crate::error::{Error, Result};
 use crate::file::{self, FolderLock};
 use crate::journal::{Entry, Header, JOURNAL_NAME, Journal};
-use crate::manifest::{self, MANIFEST_NAME, Manifest};
+use crate::manifest::{self, MANIFEST_NAME, Manifest, TensorInfo};
 use crate::plan::{Options, Plan};
 use crate::side_files::SideFile;
 
@@ -34,34 +35,27 @@ pub(crate) enum Prepared {
 pub(crate) struct Expected<'a> {
     checkpoint: &'a Checkpoint,
     options: &'a Options,
-    header: Header,
+    header: Header<'a>,
 }
 
 impl<'a> Expected<'a> {
-    pub fn new(checkpoint: &'a Checkpoint, plan: &Plan, side_files: &[SideFile], options: &'a Options) -> Self {
-        let side_files = side_files.iter().map(|file| file.name.clone());
-        let files = plan.files.iter().map(|file| file.path.clone()).chain(side_files).collect();
+    pub fn new(checkpoint: &'a Checkpoint, plan: &'a Plan, side_files: &'a [SideFile], options: &'a Options) -> Self {
+        let side_files = side_files.iter().map(|file| file.name.as_str().into());
+        let files = plan.files.iter().map(|file| file.path.as_str().into()).chain(side_files).collect();
         Self { checkpoint, options, header: Header::new(checkpoint, options, files) }
-    }
-
-    /// Whether a finished tree may be what this conversion would write: its bytes have yet to be compared.
-    fn may_be(&self, manifest: &Manifest) -> bool {
-        manifest.options == *self.options
-            && manifest.source.files == self.checkpoint.fingerprints()
-            && manifest.tensorport_version == env!("CARGO_PKG_VERSION")
     }
 }
 
 impl OutputFolder {
     /// Makes and locks the folder, and brings it into the state that its journal describes.
-    pub fn prepare(path: &Path, expected: &Expected<'_>, mode: Mode) -> Result<Prepared> {
+    pub fn prepare(path: &Path, expected: Expected<'_>, mode: Mode) -> Result<Prepared> {
+        let Expected { checkpoint, options, mut header } = expected;
         create(path)?;
         let lock = file::lock_folder(path)?.ok_or_else(|| {
             let found = "another conversion that is writing here now";
             Error::output(path, found, "one conversion at a time into a folder")
         })?;
-        refuse_source(path, expected.checkpoint)?;
-        let mut header = expected.header.clone();
+        refuse_source(path, checkpoint)?;
         let (journal, listed) = if let Some((begun, entries)) = Journal::read(path)? {
             let difference = begun.difference(&header);
             if mode.resume && difference.is_none() {
@@ -78,7 +72,7 @@ impl OutputFolder {
                 return Err(Error::output(path, found, wanted));
             }
         } else if let Some((finished, is_unedited)) = finished(path)? {
-            if mode.resume && expected.may_be(&finished) {
+            if mode.resume && may_be(&finished, checkpoint, options) {
                 if !is_unedited {
                     let wanted = "the manifest as it was written, or overwrite";
                     return Err(Error::output(path, "a manifest.json that was edited or damaged", wanted));
@@ -91,7 +85,7 @@ impl OutputFolder {
             }
             let tensor_files = finished.tensors.0.into_iter().flat_map(|(_, info)| info.files);
             let side_files = finished.side_files.0.into_iter().map(|(name, _)| name);
-            header.replaces = tensor_files.chain(side_files).collect();
+            header.replaces = tensor_files.chain(side_files).map(Cow::Owned).collect();
             (replace(path, &header)?, HashMap::new())
         } else {
             let names = foreign_names(path)?;
@@ -105,9 +99,9 @@ impl OutputFolder {
     }
 
     /// Makes the tree a finished one: the manifest appears, the journal goes.
-    pub fn finish(self, manifest: &Manifest) -> Result<()> {
+    pub fn finish<'a>(self, manifest: &Manifest, tensors: impl Iterator<Item = (&'a str, TensorInfo)>) -> Result<()> {
         file::sync_folder(&self.path)?;
-        file::write_atomically(&self.path.join(MANIFEST_NAME), manifest.to_text().as_bytes())?;
+        file::write_atomically(&self.path.join(MANIFEST_NAME), |out| manifest.write_with(tensors, out))?;
         file::sync_folder(&self.path)?;
         self.journal.remove()?;
         file::sync_folder(&self.path)
@@ -138,6 +132,13 @@ fn refuse_source(path: &Path, source: &Checkpoint) -> Result<()> {
     Ok(())
 }
 
+/// Whether a finished tree may be what a conversion would write: its bytes have yet to be compared.
+fn may_be(manifest: &Manifest, checkpoint: &Checkpoint, options: &Options) -> bool {
+    manifest.options == *options
+        && manifest.source.files == checkpoint.fingerprints()
+        && manifest.tensorport_version == env!("CARGO_PKG_VERSION")
+}
+
 /// The manifest of a finished tree, and whether it is as it was written.
 fn finished(path: &Path) -> Result<Option<(Manifest, bool)>> {
     let manifest_path = path.join(MANIFEST_NAME);
@@ -166,7 +167,7 @@ fn foreign_names(folder: &Path) -> Result<Vec<String>> {
 }
 
 /// Begins a journal, and only then removes what it replaces.
-fn replace(path: &Path, header: &Header) -> Result<Journal> {
+fn replace(path: &Path, header: &Header<'_>) -> Result<Journal> {
     let journal = Journal::create(path, header)?;
     remove_leftovers(path, header)?;
     Ok(journal)
@@ -182,7 +183,7 @@ pub(crate) fn refuse_link(folder: &Path) -> Result<()> {
 
 /// Removes temporary files of an interrupted run, and the files of a tree that is being replaced: those that its
 /// manifest or journal names, and no others.
-fn remove_leftovers(output: &Path, header: &Header) -> Result<()> {
+fn remove_leftovers(output: &Path, header: &Header<'_>) -> Result<()> {
     let remove = |relative: &str| {
         let Some(path) = manifest::tree_path(output, relative) else { return Ok(()) };
         if let Some((shard, _)) = relative.split_once('/') {
@@ -196,10 +197,10 @@ fn remove_leftovers(output: &Path, header: &Header) -> Result<()> {
     // The manifest first, and durably: without it, what is left is no finished tree.
     remove(MANIFEST_NAME)?;
     file::sync_folder(output)?;
-    let planned: HashSet<&str> = header.files.iter().map(String::as_str).collect();
+    let planned: HashSet<&str> = header.files.iter().map(AsRef::as_ref).collect();
     for relative in &header.replaces {
         remove(&format!("{relative}{}", file::TEMPORARY_SUFFIX))?;
-        if !planned.contains(relative.as_str()) {
+        if !planned.contains(relative.as_ref()) {
             remove(relative)?;
         }
         if let Some((shard, _)) = relative.split_once('/') {
@@ -207,7 +208,7 @@ fn remove_leftovers(output: &Path, header: &Header) -> Result<()> {
             let _ = std::fs::remove_dir(output.join(shard));
         }
     }
-    for relative in header.files.iter().map(String::as_str).chain([MANIFEST_NAME, JOURNAL_NAME]) {
+    for relative in header.files.iter().map(AsRef::as_ref).chain([MANIFEST_NAME, JOURNAL_NAME]) {
         remove(&format!("{relative}{}", file::TEMPORARY_SUFFIX))?;
     }
     Ok(())

@@ -197,6 +197,21 @@ pub struct PlannedTensor {
     pub pieces: Vec<Piece>,
 }
 
+impl PlannedTensor {
+    /// Bytes of its data in one of its pieces.
+    #[must_use]
+    pub fn piece_nbytes(&self, piece: &Piece) -> u64 {
+        (piece.units.end - piece.units.start) * self.transform.output_unit_bytes()
+    }
+
+    /// The header of the npy file of one of its pieces.
+    #[must_use]
+    pub fn npy_header(&self, piece: &Piece) -> Vec<u8> {
+        let shape = npy::part_shape(self.dtype, &self.shape, self.nbytes, self.piece_nbytes(piece));
+        npy::header(self.dtype, &shape.expect("parts are whole rows"))
+    }
+}
+
 /// A stretch of a tensor in one file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Piece {
@@ -213,8 +228,8 @@ pub struct Piece {
 pub struct PlannedFile {
     /// Path below the output folder, with `/`.
     pub path: String,
-    /// Bytes before the data.
-    pub header: Vec<u8>,
+    /// Where its data begins.
+    pub data_offset: u64,
     /// Whole size.
     pub nbytes: u64,
 }
@@ -384,13 +399,13 @@ fn place_numpy_direct(
             range.end += 1;
             let shape =
                 npy::part_shape(tensor.dtype, &tensor.shape, tensor.nbytes, part_bytes).expect("parts are whole rows");
-            let header = npy::header(tensor.dtype, &shape);
+            let data_offset = npy::header(tensor.dtype, &shape).len() as u64;
             let name = if is_split { format!("{stem}.part{number:03}.npy") } else { format!("{stem}.npy") };
             let units = unit..unit + part_bytes / unit_bytes;
             unit = units.end;
-            tensor.pieces.push(Piece { file: files.len(), offset: header.len() as u64, units });
-            let nbytes = header.len() as u64 + part_bytes;
-            files.push(PlannedFile { path: format!("{shard}/{name}"), header, nbytes });
+            tensor.pieces.push(Piece { file: files.len(), offset: data_offset, units });
+            let nbytes = data_offset + part_bytes;
+            files.push(PlannedFile { path: format!("{shard}/{name}"), data_offset, nbytes });
         }
     }
     Ok((files, shards))

@@ -37,25 +37,30 @@ impl<'a> Sinks<'a> {
         self.root.join(&self.files[file].path)
     }
 
-    /// Writes at an offset; opens the file under its temporary name if this is its first write.
-    pub fn write(&self, file: usize, bytes: &[u8], offset: u64) -> Result<()> {
+    /// Writes at an offset; makes the file under its temporary name, with its `header`, if this is its first write.
+    pub fn write<H: AsRef<[u8]>>(
+        &self,
+        file: usize,
+        bytes: &[u8],
+        offset: u64,
+        header: impl FnOnce() -> H,
+    ) -> Result<()> {
         let temporary = file::temporary_path(&self.path(file));
         let handle = {
             let mut open = lock(&self.slots[file].open);
             if let Some(handle) = &*open {
                 Arc::clone(handle)
             } else {
-                Arc::clone(open.insert(Arc::new(self.create(file, &temporary)?)))
+                Arc::clone(open.insert(Arc::new(self.create(file, &temporary, header().as_ref())?)))
             }
         };
         file::write_all_at(&temporary, &handle, bytes, offset)
     }
 
-    fn create(&self, file: usize, temporary: &Path) -> Result<File> {
-        let planned = &self.files[file];
+    fn create(&self, file: usize, temporary: &Path, header: &[u8]) -> Result<File> {
         let handle = file::create_temporary(temporary)?;
-        handle.set_len(planned.nbytes).map_err(|fault| Error::io(temporary, fault))?;
-        file::write_all_at(temporary, &handle, &planned.header, 0)?;
+        handle.set_len(self.files[file].nbytes).map_err(|fault| Error::io(temporary, fault))?;
+        file::write_all_at(temporary, &handle, header, 0)?;
         Ok(handle)
     }
 

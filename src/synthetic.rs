@@ -75,18 +75,25 @@ pub fn write(
     observer: &mut Observer<'_>,
 ) -> Result<u64> {
     let pool = resources.pool()?;
-    let mut planned_files = Vec::with_capacity(files.0.len());
+    let (mut planned_files, mut headers) = (Vec::with_capacity(files.0.len()), Vec::with_capacity(files.0.len()));
     let mut tensors = Vec::new();
     for (index, (name, file)) in files.0.iter().enumerate() {
-        let (planned, placed) = lay_out(folder, index, name, file, seed)?;
+        let (planned, header, placed) = lay_out(folder, index, name, file, seed)?;
         planned_files.push(planned);
+        headers.push(header);
         tensors.extend(placed);
     }
     let bytes_total = tensors.iter().map(|tensor| tensor.nbytes).sum();
     let names = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
     let progress = Progress::new(Phase::Synthesize, names, bytes_total);
     let sinks = Sinks::new(folder, &planned_files, tensors.iter().map(|tensor| tensor.file));
-    let job = FillJob { tensors: &tensors, chunk_units: pool.worker_bytes / UNIT_BYTES, sinks, progress: &progress };
+    let job = FillJob {
+        tensors: &tensors,
+        chunk_units: pool.worker_bytes / UNIT_BYTES,
+        headers: &headers,
+        sinks,
+        progress: &progress,
+    };
     work::run(&job, 0..tensors.len(), pool.workers, &progress, observer)?;
     Ok(bytes_total)
 }
@@ -111,7 +118,7 @@ fn lay_out(
     file_name: &str,
     tensors: &OrderedMap<RandomTensor>,
     seed: u64,
-) -> Result<(PlannedFile, Vec<PlacedTensor>)> {
+) -> Result<(PlannedFile, Vec<u8>, Vec<PlacedTensor>)> {
     #[derive(Serialize)]
     struct Entry<'a> {
         dtype: &'a str,
@@ -153,16 +160,18 @@ fn lay_out(
     header.resize(header.len().next_multiple_of(8), b' ');
     let length = header.len() as u64 - 8;
     header[..8].copy_from_slice(&length.to_le_bytes());
+    let data_offset = header.len() as u64;
     for tensor in &mut placed {
-        tensor.offset += header.len() as u64;
+        tensor.offset += data_offset;
     }
-    let nbytes = header.len() as u64 + end;
-    Ok((PlannedFile { path: file_name.to_owned(), header, nbytes }, placed))
+    let nbytes = data_offset + end;
+    Ok((PlannedFile { path: file_name.to_owned(), data_offset, nbytes }, header, placed))
 }
 
 struct FillJob<'a> {
     tensors: &'a [PlacedTensor],
     chunk_units: u64,
+    headers: &'a [Vec<u8>],
     sinks: Sinks<'a>,
     progress: &'a Progress<'a>,
 }
@@ -208,10 +217,10 @@ impl Job for FillJob<'_> {
         let start = chunk.units.start * UNIT_BYTES;
         let end = (chunk.units.end * UNIT_BYTES).min(tensor.nbytes);
         let nbytes = usize::try_from(end - start).expect("no more than a worker's buffer");
-        transform::grow(&mut scratch.out, nbytes);
+        transform::grow(&mut scratch.out, nbytes)?;
         let out = &mut scratch.out[..nbytes];
         fill(&table, tensor.key, tensor.skip_elems, start, out);
-        self.sinks.write(tensor.file, out, tensor.offset + start)?;
+        self.sinks.write(tensor.file, out, tensor.offset + start, || &self.headers[tensor.file])?;
         self.progress.add_bytes(end - start);
         Ok(())
     }

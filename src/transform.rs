@@ -45,7 +45,7 @@ impl<'a> Producer<'a> {
         let input_unit_bytes = if transform == Transform::Copy { &[] } else { transform.source_unit_bytes() };
         let input_bytes = input_unit_bytes.iter().map(|unit_bytes| buffer_bytes(count * unit_bytes));
         let mut buffer = std::mem::take(&mut self.buffer);
-        grow(&mut buffer, output_bytes + input_bytes.sum::<usize>());
+        grow(&mut buffer, output_bytes + input_bytes.sum::<usize>())?;
         let result = self.fill(tensor, units, &mut buffer, output_bytes);
         (self.buffer, self.output_bytes) = (buffer, output_bytes);
         result
@@ -122,12 +122,15 @@ fn buffer_bytes(nbytes: u64) -> usize {
     usize::try_from(nbytes).expect("no more than a worker's buffer")
 }
 
-/// Makes a buffer at least this long, without the reserve that `Vec` would add.
-pub(crate) fn grow(buffer: &mut Vec<u8>, nbytes: usize) {
+/// Makes a buffer at least this long, without the reserve that `Vec` would add. Too little memory is an error: buffers
+/// are the largest things there are, and a notebook should survive that they do not fit.
+pub(crate) fn grow(buffer: &mut Vec<u8>, nbytes: usize) -> Result<()> {
     if buffer.len() < nbytes {
-        buffer.reserve_exact(nbytes - buffer.len());
+        let fault = |_| Error::Io { path: "a worker's buffer".into(), source: std::io::ErrorKind::OutOfMemory.into() };
+        buffer.try_reserve_exact(nbytes - buffer.len()).map_err(fault)?;
         buffer.resize(nbytes, 0);
     }
+    Ok(())
 }
 
 /// Units per chunk, so that the inputs and the output of a chunk fit in a worker's memory.

@@ -11,13 +11,12 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::cast::OnOverflow;
 use crate::check::{self, CheckFile, CheckTensor};
 use crate::checkpoint::{self, Checkpoint};
-use crate::checksum::{Checksum, TensorChecksums};
+use crate::checksum::Checksum;
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::manifest::{self, MANIFEST_NAME, Manifest, ShardInfo, SideFileInfo, TensorInfo};
 use crate::mxfp4::{self, Candidate};
-use crate::output::npy;
 use crate::plan::{self, Plan, PlannedTensor};
 use crate::progress::{Observer, Phase};
 use crate::work::{Pool, Resources};
@@ -229,22 +228,26 @@ fn tensor_check<'a>(root: &Path, name: &'a str, info: &'a TensorInfo) -> Result<
             other => other.to_string(),
         })
     })?;
-    let mut files = Vec::with_capacity(info.files.len());
+    let dtype = spec.dtype;
+    let (whole, parts, counts) = (info.xxh3_128, info.part_xxh3_128.as_slice(), Some((info.overflow, info.underflow)));
+    let files = Vec::with_capacity(info.files.len());
+    let mut check = CheckTensor { name, dtype, shape: &info.shape, files, whole, parts, counts, planned: None };
     let mut start = 0;
     for ((path, &offset), &nbytes) in info.files.iter().zip(&info.offsets).zip(&info.part_nbytes) {
         if manifest::tree_path(root, path).is_none() {
             return Err(fault(format!("file {path:?} is not a plain path below the manifest's folder")));
         }
-        let header = npy::part_shape(spec.dtype, &spec.shape, spec.nbytes, nbytes)
-            .map(|shape| npy::header(spec.dtype, &shape))
-            .filter(|header| header.len() as u64 == offset)
-            .ok_or_else(|| fault(format!("file {path:?}: no part of {nbytes} bytes begins at {offset}")))?;
-        files.push(CheckFile { path, header, nbytes: offset + nbytes, offset, data: start..start + nbytes });
+        check.files.push(CheckFile { path, nbytes: offset + nbytes, offset, data: start..start + nbytes });
         start += nbytes;
     }
-    let checksums = TensorChecksums { whole: info.xxh3_128, parts: info.part_xxh3_128.clone() };
-    let counts = Some((info.overflow, info.underflow));
-    Ok(CheckTensor { name, files, checksums, counts, planned: None })
+    // After the loop, for a part's shape depends on the size of the whole.
+    for file in &check.files {
+        if check.npy_header(file).is_none_or(|header| header.len() as u64 != file.offset) {
+            let CheckFile { path, offset, data, .. } = file;
+            return Err(fault(format!("file {path:?}: no part of {} bytes begins at {offset}", data.end - data.start)));
+        }
+    }
+    Ok(check)
 }
 
 /// Whether the manifest describes a tensor as the plan from the source does.
@@ -312,7 +315,7 @@ fn check_shards(manifest: &Manifest, failures: &mut Vec<Failure>) {
     }
 }
 
-fn check_side_files(root: &Path, manifest: &Manifest, failures: &mut Vec<Failure>) -> Result<()> {
+pub(crate) fn check_side_files(root: &Path, manifest: &Manifest, failures: &mut Vec<Failure>) -> Result<()> {
     for (name, info) in &manifest.side_files.0 {
         let what = match manifest::tree_path(root, name) {
             None => Some("not a plain file name".into()),

@@ -31,7 +31,7 @@ fn globs(patterns: &[&str]) -> Vec<String> {
 
 /// Path and data bytes of every file.
 fn files(plan: &Plan) -> Vec<(&str, u64)> {
-    plan.files.iter().map(|file| (file.path.as_str(), file.nbytes - file.header.len() as u64)).collect()
+    plan.files.iter().map(|file| (file.path.as_str(), file.nbytes - file.data_offset)).collect()
 }
 
 fn names(plan: &Plan) -> Vec<&str> {
@@ -52,7 +52,8 @@ fn check_invariants(plan: &Plan, limit: u64) {
             end = piece.units.end;
             let nbytes = (piece.units.end - piece.units.start) * unit_bytes;
             let file = &plan.files[piece.file];
-            assert_eq!((piece.offset, piece.offset + nbytes), (file.header.len() as u64, file.nbytes));
+            assert_eq!((piece.offset, piece.offset + nbytes), (file.data_offset, file.nbytes));
+            assert_eq!(tensor.npy_header(piece).len() as u64, piece.offset);
             assert_eq!(piece.offset % 64, 0);
             if tensor.pieces.len() > 1 {
                 assert!(nbytes > 0, "{} has an empty part", tensor.name);

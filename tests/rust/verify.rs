@@ -235,7 +235,7 @@ fn fields_that_describe_the_tree_are_found_even_under_a_new_hash() {
         let Ok(edited) = serde_json::from_value::<Manifest>(edited.clone()) else { return };
         edits += 1;
         let path = output.join("manifest.json");
-        fs::write(&path, edited.to_text()).unwrap();
+        edited.write(&mut fs::File::create(&path).unwrap()).unwrap();
         let report = verify(&output, None).unwrap();
         assert!(!report.ok, "{pointer} was not found");
         fs::write(&path, &text).unwrap();
