@@ -135,8 +135,8 @@ def synthesize(
 ) -> Path:
     """Writes a random gpt-oss checkpoint: safetensors files, config.json and, if sharded, an index.
 
-    Values are normal, with deviations that keep activations finite through all layers; experts are MXFP4. One seed is
-    one model: both layouts of it hold the same weights, and the number of workers changes nothing.
+    Values are normal, with deviations that keep activations finite and routing spread through all layers; experts are
+    MXFP4. One seed is one model: both layouts of it hold the same weights, and the number of workers changes nothing.
 
     Args:
         output: the folder to write; a new or an empty one.
@@ -297,7 +297,10 @@ def _huggingface_tensors(config: dict[str, Any]) -> Iterator[_Tensor]:
         yield _Tensor(f"{name}_blocks", "uint8", blocks, "mxfp4_codes", f"{name}_blocks")
         yield _Tensor(f"{name}_scales", "uint8", scales, {"mxfp4_scales": {"std": std}}, f"{name}_scales")
 
-    yield dense("model.embed_tokens.weight", config["vocab_size"], hidden, std=1.0)
+    # Embeddings outweigh what a layer adds to them, and attention, which adds much the same to all positions, adds no
+    # more than experts do. Else positions grow alike from layer to layer, until routers send most tokens to the same
+    # few experts, and a rounding to bfloat16 in an early layer changes the choices of all that follow.
+    yield dense("model.embed_tokens.weight", config["vocab_size"], hidden, std=4.0)
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         yield dense(f"{prefix}.input_layernorm.weight", hidden, std=0.1, mean=1.0)
@@ -309,7 +312,7 @@ def _huggingface_tensors(config: dict[str, Any]) -> Iterator[_Tensor]:
             yield dense(f"{name}.weight", rows, hidden, std=weight_std, stream=f"{stream}.weight", skip=start * hidden)
             yield dense(f"{name}.bias", rows, std=0.3, stream=f"{stream}.bias", skip=start)
             start += rows
-        yield dense(f"{prefix}.self_attn.o_proj.weight", hidden, q_rows, std=q_rows**-0.5)
+        yield dense(f"{prefix}.self_attn.o_proj.weight", hidden, q_rows, std=0.5 * q_rows**-0.5)
         yield dense(f"{prefix}.self_attn.o_proj.bias", hidden, std=0.1)
         yield dense(f"{prefix}.self_attn.sinks", heads, std=1.0)
         yield dense(f"{prefix}.post_attention_layernorm.weight", hidden, std=0.1, mean=1.0)
