@@ -15,7 +15,7 @@ LIBPYTHON_DIR := $(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config
 RUST_SOURCES := $(shell find src -type f) Cargo.toml Cargo.lock pyproject.toml
 WHEEL_STAMP := dist/.built
 
-.PHONY: demo test test-rust test-python test-newest lint format docs clean
+.PHONY: demo test test-rust test-python test-newest lint format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tensorport demo
@@ -59,6 +59,15 @@ format:
 	cargo fmt
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+# Some 25 minutes on two cores. BENCH_PYTHON: a Python with numpy, safetensors, ml_dtypes and perhaps torch, for the
+# scripts written by hand; BENCH_DISK: a folder on a disk.
+BENCH_PYTHON ?= $(BIN)/python
+BENCH_DISK ?= .
+bench: $(VENV)/.dev
+	cargo bench --bench kernels
+	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON)
+	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON) --where $(BENCH_DISK) --sync --only tensorport --only numpy
 
 clean:
 	rm -rf $(VENV) $(NEWEST_VENV) target dist

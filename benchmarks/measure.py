@@ -4,8 +4,10 @@ Linux only: memory is read from /proc.
 """
 
 import dataclasses
+import mmap
 import os
 import platform
+import random
 import statistics
 import subprocess
 import threading
@@ -13,7 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-CGROUP_ROOT = Path("/sys/fs/cgroup")
+# Where a group that counts memory can be made, and the file with its peak: cgroup v2, then v1.
+CGROUPS = ((Path("/sys/fs/cgroup"), "memory.peak"), (Path("/sys/fs/cgroup/memory"), "memory.max_usage_in_bytes"))
 SAMPLE_INTERVAL_S = 0.005
 
 
@@ -41,7 +44,7 @@ def anonymous_bytes(pid: int) -> int:
 
 def run(command: Sequence[str], env: dict[str, str] | None = None) -> Measurement:
     """Runs a command to its end; raises CalledProcessError when it fails."""
-    cgroup = _new_cgroup()
+    cgroup, peak_name = _new_cgroup() or (None, "")
     peak = 0
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
@@ -66,24 +69,35 @@ def run(command: Sequence[str], env: dict[str, str] | None = None) -> Measuremen
     sampler.join()
     cgroup_peak = None
     if cgroup is not None:
-        cgroup_peak = int((cgroup / "memory.peak").read_text())
+        cgroup_peak = int((cgroup / peak_name).read_text())
         cgroup.rmdir()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
     return Measurement(wall, usage.ru_utime + usage.ru_stime, peak, cgroup_peak)
 
 
-def _new_cgroup() -> Path | None:
-    """A cgroup of our own that counts memory, where the system lets us make one."""
-    folder = CGROUP_ROOT / f"tensorport-bench-{os.getpid()}-{time.monotonic_ns()}"
-    try:
-        folder.mkdir()
-    except OSError:
-        return None
-    if not (folder / "memory.peak").exists():
+def _new_cgroup() -> tuple[Path, str] | None:
+    """A cgroup of our own that counts memory, where the system lets us make one, and the name of its peak."""
+    for root, peak_name in CGROUPS:
+        folder = root / f"tensorport-bench-{os.getpid()}-{time.monotonic_ns()}"
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        if (folder / peak_name).exists():
+            return folder, peak_name
         folder.rmdir()
-        return None
-    return folder
+    return None
+
+
+def warm_memory(nbytes: int) -> None:
+    """Touches and frees memory, so that a job does not pay for what the machine has to find first.
+
+    A virtual machine may give free pages back to its host; the first touch of such a page is ten times as slow.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
+    with mmap.mmap(-1, nbytes, flags=flags):
+        pass
 
 
 def interleave(
@@ -91,12 +105,14 @@ def interleave(
 ) -> dict[str, Measurement]:
     """Runs every job once per round, so that a drift of the machine meets all of them; returns medians.
 
-    A job makes its command anew each time, cleaning up what its last run left.
+    The order is another one in each round: what a job leaves behind must not always meet the same next one. A job makes
+    its command anew each time, cleaning up what the last run left.
     """
+    order = random.Random(0)
     samples: dict[str, list[Measurement]] = {name: [] for name in jobs}
     for number in range(warmups + rounds):
-        for name, make_command in jobs.items():
-            measured = run(make_command())
+        for name in order.sample(list(jobs), len(jobs)):
+            measured = run(jobs[name]())
             say(
                 f"{'warm-up' if number < warmups else f'round {number - warmups + 1}'}: {name}: {measured.wall_s:.2f} s"
             )
