@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -139,8 +139,10 @@ impl Journal {
     pub fn resume(folder: &Path) -> Result<Self> {
         let path = folder.join(JOURNAL_NAME);
         let (_, _, whole) = parse(&path, &file::read_bounded(&path, MAX_JOURNAL_BYTES)?)?;
-        let file = File::options().append(true).open(&path).map_err(|fault| Error::io(&path, fault))?;
-        file.set_len(whole as u64).map_err(|fault| Error::io(&path, fault))?;
+        // For writing, not for appending: on Windows a handle that can only append can cut nothing off.
+        let mut file = File::options().write(true).open(&path).map_err(|fault| Error::io(&path, fault))?;
+        let end = whole as u64;
+        file.set_len(end).and_then(|()| file.seek(SeekFrom::Start(end))).map_err(|fault| Error::io(&path, fault))?;
         Ok(Self { path, file })
     }
 
