@@ -1,10 +1,12 @@
 //! Files by position: reads and writes that share one handle between threads, and durable renames.
 
-use std::fs::{File, Metadata, TryLockError};
+use std::fs::{File, Metadata};
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
 use crate::error::{Error, Result};
+use crate::system;
+pub use crate::system::FolderLock;
 
 /// Opens a regular file for reading.
 ///
@@ -21,7 +23,7 @@ pub fn open_regular(path: &Path) -> Result<(File, Metadata)> {
 
 /// Fills `buffer` from `offset` on; a file that ends before is a malformed file.
 pub fn read_exact_at(path: &Path, file: &File, buffer: &mut [u8], offset: u64) -> Result<()> {
-    read_exact_at_raw(file, buffer, offset).map_err(|source| {
+    system::read_exact_at(file, buffer, offset).map_err(|source| {
         if source.kind() == io::ErrorKind::UnexpectedEof {
             let end = offset.saturating_add(buffer.len() as u64);
             Error::file(path, "an end of file", format_args!("at least {end} bytes"))
@@ -33,50 +35,12 @@ pub fn read_exact_at(path: &Path, file: &File, buffer: &mut [u8], offset: u64) -
 
 /// Writes all of `bytes` at `offset`.
 pub fn write_all_at(path: &Path, file: &File, bytes: &[u8], offset: u64) -> Result<()> {
-    write_all_at_raw(file, bytes, offset).map_err(|source| Error::io(path, source))
+    system::write_all_at(file, bytes, offset).map_err(|source| Error::io(path, source))
 }
 
-#[cfg(unix)]
-fn read_exact_at_raw(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-    std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
-}
-
-#[cfg(unix)]
-fn write_all_at_raw(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
-    std::os::unix::fs::FileExt::write_all_at(file, bytes, offset)
-}
-
-#[cfg(windows)]
-fn read_exact_at_raw(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
-    while !buffer.is_empty() {
-        match std::os::windows::fs::FileExt::seek_read(file, buffer, offset)? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            n => {
-                buffer = &mut buffer[n..];
-                offset += n as u64;
-            }
-        }
-    }
-    Ok(())
-}
-
-#[cfg(windows)]
-fn write_all_at_raw(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
-    while !bytes.is_empty() {
-        let n = std::os::windows::fs::FileExt::seek_write(file, bytes, offset)?;
-        bytes = &bytes[n..];
-        offset += n as u64;
-    }
-    Ok(())
-}
-
-/// Makes the renames inside `folder` durable. Windows has no such call and needs none.
+/// Makes the renames inside `folder` durable, where the system can.
 pub fn sync_folder(folder: &Path) -> Result<()> {
-    #[cfg(unix)]
-    File::open(folder).and_then(|handle| handle.sync_all()).map_err(|source| Error::io(folder, source))?;
-    #[cfg(not(unix))]
-    let _ = folder;
-    Ok(())
+    system::sync_folder(folder).map_err(|source| Error::io(folder, source))
 }
 
 /// Suffix of a file that is still being written.
@@ -115,48 +79,12 @@ const WRITE_BUFFER_BYTES: usize = 64 << 10;
 /// Makes a finished temporary file appear under its own name.
 pub fn publish(file: &File, temporary: &Path, path: &Path) -> Result<()> {
     file.sync_data().map_err(|source| Error::io(temporary, source))?;
-    std::fs::rename(temporary, path).map_err(|source| Error::io(path, source))
-}
-
-/// Keeps other processes, and other threads of this one, out of a folder while it lives.
-#[derive(Debug)]
-pub struct FolderLock {
-    file: File,
-    #[cfg(not(unix))]
-    path: std::path::PathBuf,
+    system::rename(temporary, path).map_err(|source| Error::io(path, source))
 }
 
 /// Locks a folder; None when somebody else has it.
-///
-/// Filesystems without locks (some network ones) are taken as unlocked: the check is then the user's.
 pub fn lock_folder(folder: &Path) -> Result<Option<FolderLock>> {
-    // Windows cannot lock a folder's handle: a file in it takes its place.
-    #[cfg(unix)]
-    let path = folder.to_path_buf();
-    #[cfg(unix)]
-    let opened = File::open(&path);
-    #[cfg(not(unix))]
-    let path = folder.join(LOCK_NAME);
-    #[cfg(not(unix))]
-    let opened = File::options().create(true).append(true).open(&path);
-    let file = opened.map_err(|source| Error::io(&path, source))?;
-    match file.try_lock() {
-        Err(TryLockError::WouldBlock) => Ok(None),
-        Ok(()) | Err(TryLockError::Error(_)) => Ok(Some(FolderLock {
-            file,
-            #[cfg(not(unix))]
-            path,
-        })),
-    }
-}
-
-impl Drop for FolderLock {
-    fn drop(&mut self) {
-        // By name, for a forked child may hold the handle too. Nothing to do about a failure.
-        let _ = self.file.unlock();
-        #[cfg(not(unix))]
-        let _ = std::fs::remove_file(&self.path);
-    }
+    system::lock_folder(folder, LOCK_NAME).map_err(|source| Error::io(folder, source))
 }
 
 /// Name of the file that stands for a folder's lock where folders cannot be locked.

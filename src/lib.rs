@@ -40,6 +40,7 @@ pub mod simd;
 mod sink;
 pub mod stats;
 pub mod synthetic;
+mod system;
 pub mod transform;
 pub mod verify;
 pub mod work;

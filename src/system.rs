@@ -1,0 +1,177 @@
+//! What differs between operating systems: positioned reads and writes, durable renames, the lock of a folder.
+//!
+//! Every call that only some systems have stands here, with its twin for the others. Elsewhere only the Python binding
+//! asks for the system: what it calls an error number.
+
+#[cfg(unix)]
+pub use unix::*;
+#[cfg(windows)]
+pub use windows::*;
+
+#[cfg(unix)]
+mod unix {
+    use std::fs::{File, TryLockError};
+    use std::io::{self, ErrorKind};
+    use std::os::unix::fs::FileExt;
+    use std::path::Path;
+
+    /// Fills `buffer` from `offset` on.
+    pub fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        file.read_exact_at(buffer, offset)
+    }
+
+    /// Writes all of `bytes` at `offset`.
+    pub fn write_all_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+        file.write_all_at(bytes, offset)
+    }
+
+    /// Renames a file that may be open, in place of one that may be there.
+    pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+        std::fs::rename(from, to)
+    }
+
+    /// Makes the renames inside `folder` durable, where the filesystem can.
+    pub fn sync_folder(folder: &Path) -> io::Result<()> {
+        match File::open(folder)?.sync_all() {
+            // Some network and FUSE filesystems have no such call for folders.
+            Err(fault) if matches!(fault.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Keeps other processes, and other threads of this one, out of a folder while it lives.
+    #[derive(Debug)]
+    pub struct FolderLock(File);
+
+    /// Locks a folder; None when somebody else has it.
+    ///
+    /// Filesystems without locks (some network ones) are taken as unlocked: the check is then the user's.
+    pub fn lock_folder(folder: &Path, _: &str) -> io::Result<Option<FolderLock>> {
+        let handle = File::open(folder)?;
+        match handle.try_lock() {
+            Err(TryLockError::WouldBlock) => Ok(None),
+            Ok(()) | Err(TryLockError::Error(_)) => Ok(Some(FolderLock(handle))),
+        }
+    }
+
+    impl Drop for FolderLock {
+        fn drop(&mut self) {
+            // By name, for a forked child may hold the handle too. Nothing to do about a failure.
+            let _ = self.0.unlock();
+        }
+    }
+}
+
+#[cfg(windows)]
+mod windows {
+    use std::fs::File;
+    use std::io;
+    use std::os::windows::fs::{FileExt, OpenOptionsExt};
+    use std::path::Path;
+    use std::time::Duration;
+
+    const ERROR_ACCESS_DENIED: i32 = 5;
+    const ERROR_SHARING_VIOLATION: i32 = 32;
+    const FILE_FLAG_DELETE_ON_CLOSE: u32 = 0x0400_0000;
+
+    /// Fills `buffer` from `offset` on. Moves the handle's own position.
+    pub fn read_exact_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
+        while !buffer.is_empty() {
+            match file.seek_read(buffer, offset)? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                n => {
+                    buffer = &mut buffer[n..];
+                    offset += n as u64;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes all of `bytes` at `offset`. Moves the handle's own position.
+    pub fn write_all_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match file.seek_write(bytes, offset)? {
+                0 => return Err(io::ErrorKind::WriteZero.into()),
+                n => {
+                    bytes = &bytes[n..];
+                    offset += n as u64;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Renames a file that may be open, in place of one that may be there.
+    ///
+    /// Virus scanners and indexers hold files for a moment when they see them: tries again for half a second.
+    pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
+        for milliseconds in [1, 10, 50, 100, 350] {
+            match std::fs::rename(from, to) {
+                Err(fault) if matches!(fault.raw_os_error(), Some(ERROR_ACCESS_DENIED | ERROR_SHARING_VIOLATION)) => {
+                    std::thread::sleep(Duration::from_millis(milliseconds));
+                }
+                result => return result,
+            }
+        }
+        std::fs::rename(from, to)
+    }
+
+    /// Windows has no such call: NTFS logs renames in their order, and a flush of a later file makes them durable.
+    #[expect(clippy::unnecessary_wraps, reason = "the other systems can fail")]
+    pub fn sync_folder(_: &Path) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Keeps other processes, and other threads of this one, out of a folder while it lives.
+    #[derive(Debug)]
+    pub struct FolderLock(#[expect(dead_code, reason = "its handle is the lock")] File);
+
+    /// Locks a folder; None when somebody else has it.
+    ///
+    /// Folders have no locks here: a file `name` that nobody else can open takes their place, and goes with its handle,
+    /// also when the process is killed.
+    pub fn lock_folder(folder: &Path, name: &str) -> io::Result<Option<FolderLock>> {
+        let opened = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .share_mode(0)
+            .custom_flags(FILE_FLAG_DELETE_ON_CLOSE)
+            .open(folder.join(name));
+        match opened {
+            Err(fault) if fault.raw_os_error() == Some(ERROR_SHARING_VIOLATION) => Ok(None),
+            result => Ok(Some(FolderLock(result?))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_has_one_holder_and_leaves_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let lock = || lock_folder(folder.path(), "lock").unwrap();
+        let first = lock();
+        assert!(first.is_some() && lock().is_none());
+        drop(first);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        assert!(lock().is_some());
+    }
+
+    #[test]
+    fn an_open_file_is_renamed_in_place_of_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        std::fs::write(path("file"), "old").unwrap();
+        let file = std::fs::File::create_new(path("temporary")).unwrap();
+        write_all_at(&file, b"n", 0).unwrap();
+        rename(&path("temporary"), &path("file")).unwrap();
+        write_all_at(&file, b"ew", 1).unwrap();
+        let mut bytes = [0; 2];
+        read_exact_at(&std::fs::File::open(path("file")).unwrap(), &mut bytes, 1).unwrap();
+        assert_eq!((&bytes, std::fs::read(path("file")).unwrap()), (b"ew", b"new".to_vec()));
+    }
+}
