@@ -78,7 +78,7 @@ const WRITE_BUFFER_BYTES: usize = 64 << 10;
 
 /// Makes a finished temporary file appear under its own name.
 pub fn publish(file: &File, temporary: &Path, path: &Path) -> Result<()> {
-    file.sync_data().map_err(|source| Error::io(temporary, source))?;
+    system::sync_data(file).map_err(|source| Error::io(temporary, source))?;
     system::rename(temporary, path).map_err(|source| Error::io(path, source))
 }
 

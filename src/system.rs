@@ -30,13 +30,29 @@ mod unix {
         std::fs::rename(from, to)
     }
 
+    /// Makes what was written to a file durable, where the filesystem can.
+    pub fn sync_data(file: &File) -> io::Result<()> {
+        match file.sync_data() {
+            Err(fault) if is_refused_by_filesystem(&fault) => Ok(()),
+            result => result,
+        }
+    }
+
     /// Makes the renames inside `folder` durable, where the filesystem can.
     pub fn sync_folder(folder: &Path) -> io::Result<()> {
         match File::open(folder)?.sync_all() {
             // Some network and FUSE filesystems have no such call for folders.
-            Err(fault) if matches!(fault.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => Ok(()),
+            Err(fault) if fault.kind() == ErrorKind::InvalidInput || is_refused_by_filesystem(&fault) => Ok(()),
             result => result,
         }
+    }
+
+    /// Whether a filesystem has no such call. On macOS a sync asks the drive to write its cache (`F_FULLFSYNC`), which
+    /// network filesystems answer with ENOTSUP.
+    fn is_refused_by_filesystem(fault: &io::Error) -> bool {
+        const APPLE_ENOTSUP: i32 = 45;
+        fault.kind() == ErrorKind::Unsupported
+            || cfg!(target_vendor = "apple") && fault.raw_os_error() == Some(APPLE_ENOTSUP)
     }
 
     /// Keeps other processes, and other threads of this one, out of a folder while it lives.
@@ -115,6 +131,11 @@ mod windows {
             }
         }
         std::fs::rename(from, to)
+    }
+
+    /// Makes what was written to a file durable.
+    pub fn sync_data(file: &File) -> io::Result<()> {
+        file.sync_data()
     }
 
     /// Windows has no such call: NTFS logs renames in their order, and a flush of a later file makes them durable.
