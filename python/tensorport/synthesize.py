@@ -382,7 +382,7 @@ def _shard(tensors: list[_Tensor]) -> dict[str, list[_Tensor]]:
 
 def _write_json(path: Path, value: object) -> None:
     try:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
     except OSError as fault:
         # Opening a file says which one; writing does not.
         fault.filename = str(path)
