@@ -95,7 +95,9 @@ mod tests {
             assert!(exception.value(py).is_instance_of::<pyo3::exceptions::PyFileNotFoundError>());
             let attribute = |name: &str| exception.value(py).getattr(name).unwrap().to_string();
             assert_eq!((attribute("errno"), attribute("filename")), ("2".into(), "missing".into()));
-            assert_eq!(attribute("strerror"), "No such file or directory");
+            let words =
+                if cfg!(windows) { "The system cannot find the file specified." } else { "No such file or directory" };
+            assert_eq!(attribute("strerror"), words);
         });
     }
 }
