@@ -14,6 +14,7 @@ use crate::file;
 use crate::output::npy;
 use crate::plan::PlannedTensor;
 use crate::progress::{Observer, Phase, Progress};
+use crate::system;
 use crate::transform::{self, Producer};
 use crate::verify::{self, Failure, Source};
 use crate::work::{self, Chunk, Chunks, Job, Pool, lock};
@@ -291,15 +292,11 @@ fn difference(planned: &PlannedTensor, start: u64, written: &[u8], expected: &[u
     ))
 }
 
-/// What the system says when the process, or the whole system, has too many files open: ENFILE and EMFILE of every Unix.
-const TOO_MANY_OPEN: [i32; 2] = [23, 24];
-
 /// A fault of a file of the tree, in words; faults that say nothing about the tree stay errors.
 pub(crate) fn read_fault(fault: Error) -> Result<String> {
     match fault {
         Error::Io { ref source, .. }
-            if source.kind() == std::io::ErrorKind::OutOfMemory
-                || cfg!(unix) && source.raw_os_error().is_some_and(|number| TOO_MANY_OPEN.contains(&number)) =>
+            if source.kind() == std::io::ErrorKind::OutOfMemory || system::has_too_many_open_files(source) =>
         {
             Err(fault)
         }

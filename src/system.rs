@@ -55,6 +55,12 @@ mod unix {
             || cfg!(target_vendor = "apple") && fault.raw_os_error() == Some(APPLE_ENOTSUP)
     }
 
+    /// Whether the process, or the whole system, has too many files open.
+    pub fn has_too_many_open_files(fault: &io::Error) -> bool {
+        // ENFILE and EMFILE of every Unix.
+        matches!(fault.raw_os_error(), Some(23 | 24))
+    }
+
     /// Keeps other processes, and other threads of this one, out of a folder while it lives.
     #[derive(Debug)]
     pub struct FolderLock(File);
@@ -86,6 +92,7 @@ mod windows {
     use std::path::Path;
     use std::time::Duration;
 
+    const ERROR_TOO_MANY_OPEN_FILES: i32 = 4;
     const ERROR_ACCESS_DENIED: i32 = 5;
     const ERROR_SHARING_VIOLATION: i32 = 32;
     const FILE_FLAG_DELETE_ON_CLOSE: u32 = 0x0400_0000;
@@ -142,6 +149,11 @@ mod windows {
     #[expect(clippy::unnecessary_wraps, reason = "the other systems can fail")]
     pub fn sync_folder(_: &Path) -> io::Result<()> {
         Ok(())
+    }
+
+    /// Whether the process, or the whole system, has too many files open.
+    pub fn has_too_many_open_files(fault: &io::Error) -> bool {
+        fault.raw_os_error() == Some(ERROR_TOO_MANY_OPEN_FILES)
     }
 
     /// Keeps other processes, and other threads of this one, out of a folder while it lives.
