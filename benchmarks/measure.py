@@ -47,9 +47,18 @@ def run(command: Sequence[str], env: dict[str, str] | None = None) -> Measuremen
     cgroup, peak_name = _new_cgroup() or (None, "")
     peak = 0
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
-    if cgroup is not None:
-        (cgroup / "cgroup.procs").write_text(str(process.pid))
+
+    def join_cgroup() -> None:
+        if cgroup is not None:
+            (cgroup / "cgroup.procs").write_text("0")  # the writer itself
+
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=env,
+        preexec_fn=join_cgroup,  # noqa: PLW1509 (no other thread runs yet)
+    )
     done = threading.Event()
 
     def sample() -> None:
