@@ -21,7 +21,6 @@ struct Row {
     /// Their bits.
     bits: [u32; 16],
     /// The same byte by byte, as shuffles look them up: the lowest byte of all values, then the next one.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "no shuffles there yet"))]
     planes: [[u8; 16]; 4],
     /// Codes that overflow the target, as a bit set.
     overflow: u16,
@@ -69,6 +68,7 @@ impl DecodeTable {
     }
 
     #[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls a function compiled for other processors"))]
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "one level there yet"))]
     fn decode_as<const N: usize>(&self, level: Level, blocks: &[u8], scales: &[u8], out: &mut [u8]) -> Counts {
         #[cfg(target_arch = "x86_64")]
         if level.has_avx2() {
