@@ -146,7 +146,7 @@ impl Journal {
         Ok(Self { path, file })
     }
 
-    /// Adds a line, in one write.
+    /// Adds a line. One that a kill tears is no line: reading ends before it.
     pub fn append(&self, line: &impl Serialize) -> Result<()> {
         let mut out = BufWriter::new(&self.file);
         let written = serde_json::to_writer(&mut out, line).map_err(std::io::Error::from);

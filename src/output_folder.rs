@@ -185,6 +185,10 @@ pub(crate) fn refuse_link(folder: &Path) -> Result<()> {
 /// manifest or journal names, and no others.
 fn remove_leftovers(output: &Path, header: &Header<'_>) -> Result<()> {
     let remove = |relative: &str| {
+        // A manifest from elsewhere may list anything, even the journal that has just begun.
+        if relative.eq_ignore_ascii_case(JOURNAL_NAME) {
+            return Ok(());
+        }
         let Some(path) = manifest::tree_path(output, relative) else { return Ok(()) };
         if let Some((shard, _)) = relative.split_once('/') {
             refuse_link(&output.join(shard))?;

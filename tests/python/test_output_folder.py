@@ -91,6 +91,17 @@ def test_a_symbolic_link_in_a_tree_is_not_followed_out_of_it(tmp_path: Path, sou
     assert not (tree / "shard_000" / "b.npy").is_symlink()
 
 
+def test_overwrite_keeps_its_journal_whatever_the_old_manifest_lists(tmp_path: Path, source: Path) -> None:
+    tree = tmp_path / "tree"
+    tensorport.convert(source, tree, progress=False)
+    whole = tree_bytes(tree)
+    manifest = json.loads((tree / "manifest.json").read_text("utf-8"))
+    manifest["side_files"]["journal.jsonl"] = manifest["side_files"]["load_params.py"]
+    (tree / "manifest.json").write_text(json.dumps(manifest), "utf-8")
+    tensorport.convert(source, tree, overwrite=True, progress=False)
+    assert tree_bytes(tree) == whole
+
+
 def test_overwrite_deletes_nothing_behind_a_link_to_a_folder(tmp_path: Path, source: Path) -> None:
     tree, outside = tmp_path / "tree", tmp_path / "outside"
     tensorport.convert(source, tree, progress=False)
