@@ -148,6 +148,37 @@ pub fn cast_with(level: Level, from: Dtype, to: Target, src: &[u8], dst: &mut [u
     }
 }
 
+/// Narrows little-endian 64-bit integers of `from` in `src` to 32 bits in `dst`. Values beyond the range become the
+/// nearest that is in it, and are counted.
+///
+/// # Panics
+/// When `from` is neither I64 nor U64, or the two slices hold different numbers of elements.
+pub fn narrow(from: Dtype, src: &[u8], dst: &mut [u8]) -> Counts {
+    let (src, dst) = (whole::<8>(src), whole_mut::<4>(dst));
+    assert_eq!(src.len(), dst.len(), "source and target hold the same number of elements");
+    let mut counts = Counts::default();
+    for (&element, out) in src.iter().zip(dst) {
+        let value = match from {
+            Dtype::I64 => i128::from(i64::from_le_bytes(element)),
+            Dtype::U64 => i128::from(u64::from_le_bytes(element)),
+            other => panic!("{other} is no 64-bit integer"),
+        };
+        let kept = match from {
+            Dtype::I64 => value.clamp(i32::MIN.into(), i32::MAX.into()),
+            _ => value.min(u32::MAX.into()),
+        };
+        if kept != value {
+            counts.overflow += 1;
+            #[expect(clippy::cast_precision_loss, reason = "a magnitude for messages")]
+            let magnitude = value.unsigned_abs() as f64;
+            counts.largest = counts.largest.max(magnitude);
+        }
+        // The low half of a 64-bit integer within the range is the 32-bit one.
+        out.copy_from_slice(&kept.to_le_bytes()[..4]);
+    }
+    counts
+}
+
 /// A source dtype. Elements are read as an f32 from which every target rounds as from the value itself.
 trait Source {
     /// Bytes of an element.

@@ -180,7 +180,7 @@ impl<'a> Job for CheckJob<'a> {
         let start = chunk.units.start * unit_bytes;
         scratch.fault = self.read(chunk, scratch, start).err().map(read_fault).transpose()?.map(Fault::File);
         if let (None, Some(planned), Some(producer)) = (&scratch.fault, tensor.planned, &mut scratch.producer) {
-            scratch.counts = producer.produce(planned, &chunk.units)?;
+            scratch.counts = producer.produce(planned.transform, &planned.sources, &chunk.units)?;
             let written = &scratch.written[..scratch.written_bytes];
             scratch.fault = difference(planned, start, written, producer.output()).map(Fault::Value);
         }

@@ -19,9 +19,10 @@ use crate::index;
 use crate::journal;
 use crate::manifest::{self, MANIFEST_NAME, Manifest};
 use crate::mapping::Mapping;
-use crate::mxfp4::{self, Candidate};
+use crate::mxfp4::{self, Candidate, Pairing};
 use crate::ordered_map::OrderedMap;
 use crate::output::npy;
+use crate::system;
 use crate::work::lock;
 
 /// Extension of the files that a directory without an index is made of.
@@ -259,8 +260,14 @@ impl Checkpoint {
     /// The tensor of this name.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&TensorSpec> {
+        self.index_of(name).map(|index| &self.tensors[index])
+    }
+
+    /// Place of the tensor of this name among [`Checkpoint::tensors`].
+    #[must_use]
+    pub fn index_of(&self, name: &str) -> Option<usize> {
         let found = self.by_name.binary_search_by_key(&name, |&index| &self.tensors[index as usize].name);
-        found.ok().map(|place| &self.tensors[self.by_name[place] as usize])
+        found.ok().map(|place| self.by_name[place] as usize)
     }
 
     /// The `__metadata__` of its files; where two files disagree, the first one's word.
@@ -279,6 +286,13 @@ impl Checkpoint {
     #[must_use]
     pub fn stored_elements(&self) -> u64 {
         self.stored_elements
+    }
+
+    /// The MXFP4 pairs among its tensors.
+    #[must_use]
+    pub fn pairing(&self) -> Pairing {
+        let candidates: Vec<_> = self.tensors.iter().map(|tensor| tensor.candidate(self.path_of(tensor))).collect();
+        mxfp4::pair(&candidates)
     }
 
     /// Path of the file that holds the beginning of a tensor.
@@ -311,6 +325,11 @@ impl SourceFile {
         let mapping = Mapping::new(&self.path, &self.open()?)?;
         *slot = Arc::downgrade(&mapping);
         Ok(mapping)
+    }
+
+    /// Whether the file lies on a filesystem behind a network or a user's process, where page faults are slow.
+    pub fn is_remote(&self) -> Result<bool> {
+        system::is_remote(&self.path).map_err(|fault| Error::io(&self.path, fault))
     }
 
     /// Opens the file for positioned reads, and makes sure that it is still the one that was validated.

@@ -413,7 +413,7 @@ impl<'a> Job for WriteJob<'a> {
 
     fn process(&self, chunk: &Chunk, scratch: &mut Self::Scratch) -> Result<()> {
         let tensor = self.tensor(chunk.item);
-        scratch.counts = scratch.producer.produce(tensor, &chunk.units)?;
+        scratch.counts = scratch.producer.produce(tensor.transform, &tensor.sources, &chunk.units)?;
         let output = scratch.producer.output();
         let piece = &tensor.pieces[chunk.piece];
         let skipped = (chunk.units.start - piece.units.start) * tensor.transform.output_unit_bytes();

@@ -13,10 +13,10 @@ use crate::dtype;
 use crate::error::{Result, printable};
 use crate::mxfp4;
 use crate::ordered_map::OrderedMap;
-use crate::plan::{Piece, PlannedTensor, Transform};
+use crate::plan::{Piece, PlannedTensor};
 use crate::progress::{Observer, Phase, Progress};
 use crate::stats::{Moments, Stats, moments_of};
-use crate::transform::{self, Producer};
+use crate::transform::{self, Producer, Transform};
 use crate::work::{self, Chunk, Chunks, Job, Resources, lock};
 
 /// A checkpoint's tensors and totals.
@@ -176,7 +176,7 @@ impl<'a> Job for StatsJob<'a> {
 
     fn process(&self, chunk: &Chunk, (producer, moments): &mut Self::Scratch) -> Result<()> {
         let tensor = &self.tensors[chunk.item];
-        producer.produce(tensor, &chunk.units)?;
+        producer.produce(tensor.transform, &tensor.sources, &chunk.units)?;
         *moments = moments_of(tensor.dtype, producer.output());
         self.progress.add_bytes(producer.output().len() as u64);
         Ok(())

@@ -10,6 +10,7 @@
 //! | [`manifest`], [`mod@verify`], [`checksum`] | what a converted tree says of itself, and whether that holds |
 //! | [`inspect`], [`synthetic`], [`cli`] | tables and statistics, random checkpoints, the command line |
 
+pub mod arena;
 pub mod cast;
 mod check;
 pub mod checkpoint;
@@ -23,6 +24,7 @@ pub mod header;
 pub mod index;
 pub mod inspect;
 pub mod journal;
+pub mod load;
 pub mod manifest;
 pub mod mapping;
 pub mod mxfp4;
@@ -34,6 +36,7 @@ pub mod plan;
 pub mod progress;
 #[cfg(feature = "python")]
 mod python;
+pub mod region;
 pub mod select;
 pub mod side_files;
 pub mod simd;

@@ -12,10 +12,11 @@ use crate::checkpoint::TensorSpec;
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::header;
-use crate::mxfp4::{self, BLOCK_BYTES, Candidate, MX_BLOCK_SIZE, Pair};
+use crate::mxfp4::{self, Candidate, Pair};
 use crate::names;
 use crate::output::npy;
 use crate::select::Selection;
+use crate::transform::Transform;
 
 /// Options of a conversion that change its bytes.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -113,50 +114,6 @@ pub enum Mxfp4Mode {
     Keep,
     /// Each pair becomes one float tensor, the contraction axis last.
     Dequantize,
-}
-
-/// How source bytes become output bytes. Work is divided in units: the smallest stretch that can be done alone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Transform {
-    /// Byte for byte; a unit is a byte.
-    Copy,
-    /// A float cast; a unit is an element.
-    Cast {
-        /// Source dtype.
-        from: Dtype,
-        /// Target dtype.
-        to: Target,
-    },
-    /// MXFP4 blocks and scales to floats; a unit is a block of 32 values.
-    Dequantize {
-        /// Target dtype.
-        to: Target,
-    },
-}
-
-impl Transform {
-    /// Bytes of a unit in each source tensor.
-    #[must_use]
-    pub fn source_unit_bytes(self) -> &'static [u64] {
-        match self {
-            Self::Copy => &[1],
-            Self::Cast { from: Dtype::F64, .. } => &[8],
-            Self::Cast { from: Dtype::F32, .. } => &[4],
-            Self::Cast { .. } => &[2],
-            Self::Dequantize { .. } => &[BLOCK_BYTES as u64, 1],
-        }
-    }
-
-    /// Bytes of a unit in the output.
-    #[must_use]
-    pub fn output_unit_bytes(self) -> u64 {
-        let element = |to: Target| to.dtype().bitsize() as u64 / 8;
-        match self {
-            Self::Copy => 1,
-            Self::Cast { to, .. } => element(to),
-            Self::Dequantize { to } => element(to) * MX_BLOCK_SIZE as u64,
-        }
-    }
 }
 
 /// A whole conversion.

@@ -14,6 +14,8 @@ pub enum Phase {
     Verify,
     /// Reading tensors to describe them.
     Read,
+    /// Reading tensors into memory.
+    Load,
     /// Writing random tensors.
     Synthesize,
 }
@@ -27,6 +29,7 @@ impl Phase {
             Self::Convert => "convert",
             Self::Verify => "verify",
             Self::Read => "read",
+            Self::Load => "load",
             Self::Synthesize => "synthesize",
         }
     }

@@ -13,7 +13,8 @@ use crate::file;
 use crate::journal::JOURNAL_NAME;
 use crate::manifest::{self, MANIFEST_NAME, SideFileInfo, SideFileOrigin};
 use crate::ordered_map::OrderedMap;
-use crate::plan::{Mxfp4Mode, Options, Plan, Transform};
+use crate::plan::{Mxfp4Mode, Options, Plan};
+use crate::transform::Transform;
 
 /// The reader for those who have no tensorport; written into every numpy-direct tree.
 pub const LOAD_PARAMS_NAME: &str = "load_params.py";

@@ -61,6 +61,41 @@ mod unix {
         matches!(fault.raw_os_error(), Some(23 | 24))
     }
 
+    /// Whether a file lies on a filesystem behind a network or a user's process (FUSE). Systems other than Linux are not
+    /// asked: their files count as local.
+    #[cfg(target_os = "linux")]
+    pub fn is_remote(path: &Path) -> io::Result<bool> {
+        // From statfs(2), and the sources of the filesystems that the page lacks.
+        const REMOTE: [u32; 15] = [
+            0x6969,      // NFS
+            0x517b,      // SMB
+            0xff53_4d42, // CIFS
+            0xfe53_4d42, // SMB2
+            0x6573_5546, // FUSE
+            0x0102_1997, // 9P
+            0x00c3_6400, // Ceph
+            0x0bd0_0bd0, // Lustre
+            0x4750_4653, // GPFS
+            0x5346_414f, // AFS
+            0x7375_7245, // Coda
+            0x1983_0326, // BeeGFS
+            0xaad7_aaea, // PanFS
+            0x786f_4256, // VirtualBox shared folders
+            0x564c,      // NCP
+        ];
+        // The type's width and sign differ between architectures; its low 32 bits do not.
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the low 32 bits are meant")]
+        let kind = rustix::fs::statfs(path)?.f_type as u32;
+        Ok(REMOTE.contains(&kind))
+    }
+
+    /// Whether a file lies on a filesystem behind a network: not asked here, files count as local.
+    #[cfg(not(target_os = "linux"))]
+    #[expect(clippy::unnecessary_wraps, reason = "other systems can fail")]
+    pub fn is_remote(_: &Path) -> io::Result<bool> {
+        Ok(false)
+    }
+
     /// Keeps other processes, and other threads of this one, out of a folder while it lives.
     #[derive(Debug)]
     pub struct FolderLock(File);
@@ -149,6 +184,12 @@ mod windows {
     #[expect(clippy::unnecessary_wraps, reason = "the other systems can fail")]
     pub fn sync_folder(_: &Path) -> io::Result<()> {
         Ok(())
+    }
+
+    /// Whether a file lies on a filesystem behind a network: not asked here, files count as local.
+    #[expect(clippy::unnecessary_wraps, reason = "other systems can fail")]
+    pub fn is_remote(_: &Path) -> io::Result<bool> {
+        Ok(false)
     }
 
     /// Whether the process, or the whole system, has too many files open.

@@ -3,14 +3,68 @@
 use std::fs::File;
 use std::ops::Range;
 
+use safetensors::Dtype;
+
 use crate::cast::{self, Counts, OnOverflow, Target};
 use crate::checkpoint::{Checkpoint, TensorSpec};
 use crate::error::{Error, Result};
 use crate::file;
-use crate::mxfp4::DecodeTable;
-use crate::plan::{PlannedTensor, Transform};
+use crate::mxfp4::{self, BLOCK_BYTES, DecodeTable, MX_BLOCK_SIZE};
 
-/// Makes the bytes of planned tensors; one per worker.
+/// How source bytes become output bytes. Work is divided in units: the smallest stretch that can be done alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Transform {
+    /// Byte for byte; a unit is a byte.
+    Copy,
+    /// A float cast; a unit is an element.
+    Cast {
+        /// Source dtype.
+        from: Dtype,
+        /// Target dtype.
+        to: Target,
+    },
+    /// MXFP4 blocks and scales to floats; a unit is a block of 32 values.
+    Dequantize {
+        /// Target dtype.
+        to: Target,
+    },
+    /// 64-bit integers to 32 bits of the same sign; a unit is an element. Loading alone does this.
+    Narrow {
+        /// I64 or U64.
+        from: Dtype,
+    },
+    /// float4 codes, two to a byte, to a byte each; a unit is a byte of the source. Loading alone does this.
+    Unpack,
+}
+
+impl Transform {
+    /// Bytes of a unit in each source tensor.
+    #[must_use]
+    pub fn source_unit_bytes(self) -> &'static [u64] {
+        match self {
+            Self::Copy | Self::Unpack => &[1],
+            Self::Cast { from: Dtype::F64, .. } | Self::Narrow { .. } => &[8],
+            Self::Cast { from: Dtype::F32, .. } => &[4],
+            Self::Cast { .. } => &[2],
+            Self::Dequantize { .. } => &[BLOCK_BYTES as u64, 1],
+        }
+    }
+
+    /// Bytes of a unit in the output.
+    #[must_use]
+    pub fn output_unit_bytes(self) -> u64 {
+        let element = |to: Target| to.dtype().bitsize() as u64 / 8;
+        match self {
+            Self::Copy => 1,
+            Self::Cast { to, .. } => element(to),
+            Self::Dequantize { to } => element(to) * MX_BLOCK_SIZE as u64,
+            Self::Narrow { .. } => 4,
+            Self::Unpack => 2,
+        }
+    }
+}
+
+/// Makes the output bytes of tensors; one per worker.
 ///
 /// Output and inputs share one buffer, so that a worker never holds more than the largest chunk needs.
 #[derive(Debug)]
@@ -22,66 +76,94 @@ pub struct Producer<'a> {
     handles: [Option<(usize, File)>; 2],
     buffer: Vec<u8>,
     output_bytes: usize,
+    bytes_read: u64,
 }
 
 impl<'a> Producer<'a> {
     /// A producer that reads `checkpoint`.
     #[must_use]
     pub fn new(checkpoint: &'a Checkpoint, on_overflow: OnOverflow) -> Self {
-        Self { checkpoint, on_overflow, decode_table: None, handles: [None, None], buffer: Vec::new(), output_bytes: 0 }
+        Self {
+            checkpoint,
+            on_overflow,
+            decode_table: None,
+            handles: [None, None],
+            buffer: Vec::new(),
+            output_bytes: 0,
+            bytes_read: 0,
+        }
     }
 
-    /// The bytes made last.
+    /// The bytes that [`Producer::produce`] made last.
     #[must_use]
     pub fn output(&self) -> &[u8] {
         &self.buffer[..self.output_bytes]
     }
 
-    /// Makes the output bytes of some units of a tensor.
-    pub fn produce(&mut self, tensor: &PlannedTensor, units: &Range<u64>) -> Result<Counts> {
-        let count = units.end - units.start;
-        let transform = tensor.transform;
-        let output_bytes = buffer_bytes(count * transform.output_unit_bytes());
-        let input_unit_bytes = if transform == Transform::Copy { &[] } else { transform.source_unit_bytes() };
-        let input_bytes = input_unit_bytes.iter().map(|unit_bytes| buffer_bytes(count * unit_bytes));
+    /// Bytes read from files since this was last asked.
+    pub fn take_bytes_read(&mut self) -> u64 {
+        std::mem::take(&mut self.bytes_read)
+    }
+
+    /// Makes the output bytes of some units of a tensor that `transform` makes of `sources`, indices of tensors.
+    pub fn produce(&mut self, transform: Transform, sources: &[usize], units: &Range<u64>) -> Result<Counts> {
+        let output_bytes = buffer_bytes((units.end - units.start) * transform.output_unit_bytes());
         let mut buffer = std::mem::take(&mut self.buffer);
-        grow(&mut buffer, output_bytes + input_bytes.sum::<usize>())?;
-        let result = self.fill(tensor, units, &mut buffer, output_bytes);
+        grow(&mut buffer, output_bytes + input_bytes(transform, units))?;
+        let (out, inputs) = buffer.split_at_mut(output_bytes);
+        let result = self.fill(transform, sources, units, out, inputs);
         (self.buffer, self.output_bytes) = (buffer, output_bytes);
+        result
+    }
+
+    /// [`Producer::produce`] into `out`, which has the length of the output: what is only copied is read right there.
+    pub fn produce_into(
+        &mut self,
+        transform: Transform,
+        sources: &[usize],
+        units: &Range<u64>,
+        out: &mut [u8],
+    ) -> Result<Counts> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        grow(&mut buffer, input_bytes(transform, units))?;
+        let result = self.fill(transform, sources, units, out, &mut buffer);
+        (self.buffer, self.output_bytes) = (buffer, 0);
         result
     }
 
     fn fill(
         &mut self,
-        tensor: &PlannedTensor,
+        transform: Transform,
+        sources: &[usize],
         units: &Range<u64>,
-        buffer: &mut [u8],
-        output_bytes: usize,
+        out: &mut [u8],
+        inputs: &mut [u8],
     ) -> Result<Counts> {
         let specs = self.checkpoint.tensors();
-        let (out, inputs) = buffer.split_at_mut(output_bytes);
-        let unit_bytes = tensor.transform.source_unit_bytes();
-        let first_bytes = buffer_bytes((units.end - units.start) * unit_bytes[0]);
-        match tensor.transform {
-            Transform::Copy => {
-                self.read(&specs[tensor.sources[0]], 0, units.start, out)?;
+        let unit_bytes = transform.source_unit_bytes();
+        let stretch_bytes = |source: usize| buffer_bytes((units.end - units.start) * unit_bytes[source]);
+        if transform == Transform::Copy {
+            self.read(&specs[sources[0]], 0, units.start, out)?;
+            return Ok(Counts::default());
+        }
+        let (first, rest) = inputs.split_at_mut(stretch_bytes(0));
+        self.read(&specs[sources[0]], 0, units.start * unit_bytes[0], first)?;
+        match transform {
+            Transform::Copy => unreachable!("done above"),
+            Transform::Cast { from, to } => Ok(cast::cast(from, to, first, out, self.on_overflow)),
+            Transform::Narrow { from } => Ok(cast::narrow(from, first, out)),
+            Transform::Unpack => {
+                mxfp4::unpack(first, out);
                 Ok(Counts::default())
             }
-            Transform::Cast { from, to } => {
-                let input = &mut inputs[..first_bytes];
-                self.read(&specs[tensor.sources[0]], 0, units.start * unit_bytes[0], input)?;
-                Ok(cast::cast(from, to, input, out, self.on_overflow))
-            }
             Transform::Dequantize { to } => {
-                let (blocks, rest) = inputs.split_at_mut(first_bytes);
-                let scales = &mut rest[..buffer_bytes((units.end - units.start) * unit_bytes[1])];
-                self.read(&specs[tensor.sources[0]], 0, units.start * unit_bytes[0], blocks)?;
-                self.read(&specs[tensor.sources[1]], 1, units.start * unit_bytes[1], scales)?;
+                let scales = &mut rest[..stretch_bytes(1)];
+                self.read(&specs[sources[1]], 1, units.start * unit_bytes[1], scales)?;
                 let table = match self.decode_table.take() {
                     Some((target, table)) if target == to => table,
                     _ => DecodeTable::new(to, self.on_overflow),
                 };
-                let counts = table.decode(blocks, scales, out);
+                let counts = table.decode(first, scales, out);
                 self.decode_table = Some((to, table));
                 Ok(counts)
             }
@@ -103,6 +185,7 @@ impl<'a> Producer<'a> {
                     handle => &mut handle.insert((part.file, source.open()?)).1,
                 };
                 file::read_exact_at(&source.path, file, now, part.offset + (position - part_start))?;
+                self.bytes_read += wanted;
                 position += wanted;
                 out = later;
             }
@@ -115,6 +198,12 @@ impl<'a> Producer<'a> {
         let expected = format_args!("{} more, as planned", out.len());
         Err(Error::tensor(self.checkpoint.path_of(tensor), &tensor.name, found, expected))
     }
+}
+
+/// Bytes of the buffers that the inputs of some units take; none where they are only copied.
+fn input_bytes(transform: Transform, units: &Range<u64>) -> usize {
+    let unit_bytes = if transform == Transform::Copy { &[] } else { transform.source_unit_bytes() };
+    unit_bytes.iter().map(|unit_bytes| buffer_bytes((units.end - units.start) * unit_bytes)).sum()
 }
 
 /// A size that [`chunk_units`] has bounded.

@@ -165,6 +165,18 @@ fn pair_shape(blocks: &Candidate<'_>, scales: &Candidate<'_>) -> Result<Option<V
     Ok(Some(shape))
 }
 
+/// Spreads E2M1 codes, two to a byte in `src`, the low nibble first, over a byte each in `dst`.
+///
+/// # Panics
+/// When `dst` is not twice as long as `src`.
+pub fn unpack(src: &[u8], dst: &mut [u8]) {
+    let (pairs, rest) = dst.as_chunks_mut::<2>();
+    assert!(rest.is_empty() && pairs.len() == src.len(), "two bytes for each");
+    for (&byte, pair) in src.iter().zip(pairs) {
+        *pair = [byte & 0xf, byte >> 4];
+    }
+}
+
 /// One code under one scale byte: the definition. Exact, since float64 holds 2^-128 to 6·2^127 and two bits of mantissa.
 #[must_use]
 pub fn decode_one(code: u8, scale: u8) -> f64 {

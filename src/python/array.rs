@@ -1,24 +1,43 @@
-//! Mapped bytes as NumPy arrays.
+//! Bytes that Rust owns as NumPy arrays.
 #![allow(unsafe_code)]
 
 use numpy::ndarray::ArrayView1;
 use numpy::{PyArray1, PyArrayMethods};
 use pyo3::prelude::*;
 
+use crate::arena::ArenaView;
 use crate::checkpoint::View;
 
-/// Keeps a mapping alive for the array that looks into it.
-#[pyclass(frozen)]
-struct MappedBytes {
-    view: View,
+/// Bytes that stay where they are, unchanged, as long as their owner lives.
+pub enum Bytes {
+    /// A stretch of a mapped file.
+    Mapped(View),
+    /// A stretch of memory that a file was read into.
+    Read(ArenaView),
 }
 
-/// A 1-D read-only u8 array over a view of a mapped file, without a copy; the array's base keeps the mapping alive.
-pub fn mapped_array(py: Python<'_>, view: View) -> PyResult<Bound<'_, PyArray1<u8>>> {
-    let owner = Bound::new(py, MappedBytes { view })?;
-    let bytes = ArrayView1::from(owner.get().view.bytes());
-    // SAFETY: the bytes live as long as the mapping, which `owner` keeps alive and never moves or changes; `owner` is
-    // the array's base. The pages are mapped read-only, and the flag below is cleared before anybody can write.
+impl Bytes {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Mapped(view) => view.bytes(),
+            Self::Read(view) => view.bytes(),
+        }
+    }
+}
+
+/// Keeps bytes alive for the array that looks into them.
+#[pyclass(frozen)]
+struct BytesOwner {
+    bytes: Bytes,
+}
+
+/// A 1-D read-only u8 array over bytes, without a copy; the array's base keeps them alive.
+pub fn array(py: Python<'_>, bytes: Bytes) -> PyResult<Bound<'_, PyArray1<u8>>> {
+    let owner = Bound::new(py, BytesOwner { bytes })?;
+    let bytes = ArrayView1::from(owner.get().bytes.bytes());
+    // SAFETY: the bytes live as long as the mapping or the arena, which `owner` keeps alive and never moves or changes;
+    // `owner` is the array's base. An arena is written again only when nobody holds it (`ArenaPool::take`). Nobody
+    // writes through the array: the flag below is cleared before it is seen, and a file's pages are mapped read-only.
     let array = unsafe { PyArray1::borrow_from_array(&bytes, owner.clone().into_any()) };
     array.readwrite().make_nonwriteable();
     Ok(array)

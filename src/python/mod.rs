@@ -14,22 +14,47 @@ use numpy::PyArray1;
 use pyo3::exceptions::PyKeyError;
 use pyo3::prelude::*;
 
-use crate::checkpoint::{self, TensorSpec};
+use crate::arena::ArenaPool;
+use crate::cast::OnOverflow;
+use crate::checkpoint::{self, Part, TensorSpec};
 use crate::cli::{self, Host};
 use crate::convert::Mode;
 use crate::dtype;
 use crate::error::{Error, Result};
+use crate::load::{self, Conversion, Request};
 use crate::ordered_map::OrderedMap;
 use crate::plan::Options;
 use crate::progress::Event;
 use crate::synthetic;
 use crate::work::Resources;
+use array::Bytes;
 
 /// An opened checkpoint.
 #[pyclass(frozen, name = "Checkpoint", module = "tensorport._core")]
 struct PyCheckpoint {
     inner: Arc<checkpoint::Checkpoint>,
 }
+
+/// Memory for what is read, used again once nobody looks into it.
+#[pyclass(frozen, name = "Memory", module = "tensorport._core")]
+#[derive(Default)]
+struct PyMemory {
+    pool: ArenaPool,
+}
+
+#[pymethods]
+impl PyMemory {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+}
+
+/// Names of one tensor, or of blocks and scales; the conversion's name; regions as (start, stop) for each axis.
+type RequestTuple = (Vec<String>, String, Vec<Vec<(u64, u64)>>);
+
+/// Arrays of the regions, overflows, underflows.
+type LoadedTuple<'py> = (Vec<Bound<'py, PyArray1<u8>>>, u64, u64);
 
 /// dtype name, shape, nbytes, files, offset of the first part.
 type SpecTuple = (&'static str, Vec<u64>, u64, Vec<String>, u64);
@@ -57,7 +82,55 @@ impl PyCheckpoint {
     fn view<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Vec<Bound<'py, PyArray1<u8>>>> {
         let tensor = self.tensor(name)?;
         let views = py.detach(|| self.inner.view(tensor))?;
-        views.into_iter().map(|view| array::mapped_array(py, view)).collect()
+        views.into_iter().map(|view| array::array(py, Bytes::Mapped(view))).collect()
+    }
+
+    /// Where the parts of a tensor stand: path, offset, nbytes, and whether the file lies on a remote filesystem.
+    fn parts(&self, py: Python<'_>, name: &str) -> PyResult<Vec<(PathBuf, u64, u64, bool)>> {
+        let tensor = self.tensor(name)?;
+        let place = |part: &Part| {
+            let file = &self.inner.files()[part.file];
+            Ok((file.path.clone(), part.offset, part.nbytes, file.is_remote()?))
+        };
+        py.detach(|| tensor.parts.iter().map(place).collect::<Result<_>>()).map_err(PyErr::from)
+    }
+
+    /// The MXFP4 pairs: name of the decoded tensor, of its blocks, of its scales.
+    fn pairs(&self) -> Vec<(String, &str, &str)> {
+        let tensors = self.inner.tensors();
+        let name = |index: usize| tensors[index].name.as_str();
+        self.inner.pairing().pairs.into_iter().map(|pair| (pair.name, name(pair.blocks), name(pair.scales))).collect()
+    }
+
+    /// Reads regions of tensors. Returns for each request its regions, how many values overflowed and how many became
+    /// zero; and the bytes read.
+    #[pyo3(signature = (requests, *, on_overflow, workers, memory, callback))]
+    fn read<'py>(
+        &self,
+        py: Python<'py>,
+        requests: Vec<RequestTuple>,
+        on_overflow: &str,
+        workers: Option<usize>,
+        memory: &PyMemory,
+        callback: Option<Py<PyAny>>,
+    ) -> PyResult<(Vec<LoadedTuple<'py>>, u64)> {
+        let on_overflow: OnOverflow = from_json("on_overflow", &format!("{on_overflow:?}"))?;
+        let loaded = run_job(py, callback.as_ref(), |observer| {
+            let request = |(names, conversion, regions): RequestTuple| {
+                let regions =
+                    regions.into_iter().map(|region| region.into_iter().map(|(a, b)| a..b).collect()).collect();
+                Request::new(&self.inner, &names, Conversion::parse(&conversion)?, regions)
+            };
+            let requests = requests.into_iter().map(request).collect::<Result<Vec<_>>>()?;
+            let resources = Resources::default().with_workers(workers);
+            load::load(&self.inner, &requests, on_overflow, resources, &memory.pool, observer)
+        })?;
+        let results = loaded.regions.into_iter().zip(loaded.counts).map(|(regions, counts)| {
+            let arrays =
+                regions.into_iter().map(|view| array::array(py, Bytes::Read(view))).collect::<PyResult<_>>()?;
+            Ok((arrays, counts.overflow, counts.underflow))
+        });
+        Ok((results.collect::<PyResult<_>>()?, loaded.bytes_read))
     }
 
     #[getter]
@@ -223,6 +296,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     verification_error.setattr("report", py.None())?;
     module.add("VerificationError", verification_error)?;
     module.add_class::<PyCheckpoint>()?;
+    module.add_class::<PyMemory>()?;
     module.add_function(wrap_pyfunction!(convert, module)?)?;
     module.add_function(wrap_pyfunction!(verify, module)?)?;
     module.add_function(wrap_pyfunction!(synthesize, module)?)?;
