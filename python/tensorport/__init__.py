@@ -4,23 +4,33 @@
 >>> checkpoint = tensorport.open("model/")            # a Mapping of zero-copy NumPy views
 >>> tensorport.convert("model/", "model-jax/")        # a verified tree of .npy files
 >>> tensorport.verify("model-jax/", "model/")         # every value, compared with the source
+>>> params = tensorport.load_params("model-jax/")     # a pytree of jax.Arrays
 
-Importing this package imports neither JAX nor any other optional dependency.
+Importing this package imports neither JAX nor any other optional dependency: `load_params`, `load_params_shapes` and
+`mxfp4` do, when they are first used.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from tensorport._core import __version__
 from tensorport.checkpoint import Checkpoint, TensorSpec, open
 from tensorport.convert import convert, verify
 from tensorport.errors import CheckpointError, ConversionError, MappingError, TensorportError, VerificationError
 from tensorport.progress import ProgressEvent
-from tensorport.reports import ConversionReport, VerificationFailure, VerificationReport
+from tensorport.reports import ConversionReport, LoadReport, VerificationFailure, VerificationReport
 from tensorport.synthesize import synthesize
+
+if TYPE_CHECKING:
+    from tensorport import mxfp4
+    from tensorport.load import load_params, load_params_shapes
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConversionError",
     "ConversionReport",
+    "LoadReport",
     "MappingError",
     "ProgressEvent",
     "TensorSpec",
@@ -30,7 +40,24 @@ __all__ = [
     "VerificationReport",
     "__version__",
     "convert",
+    "load_params",
+    "load_params_shapes",
+    "mxfp4",
     "open",
     "synthesize",
     "verify",
 ]
+
+# What needs JAX, and the module that has it.
+_LAZY = {"load_params": "tensorport.load", "load_params_shapes": "tensorport.load", "mxfp4": "tensorport.mxfp4"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'tensorport' has no attribute {name!r}")
+    module = importlib.import_module(_LAZY[name])
+    return module if _LAZY[name].endswith(f".{name}") else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

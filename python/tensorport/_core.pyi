@@ -12,11 +12,13 @@ __all__ = [
     "CheckpointError",
     "ConversionError",
     "MappingError",
+    "Memory",
     "TensorportError",
     "VerificationError",
     "__version__",
     "convert",
     "run_cli",
+    "select",
     "synthesize",
     "verify",
 ]
@@ -36,11 +38,29 @@ class VerificationError(TensorportError):
     report: Any
 
 @final
+class Memory:
+    def __new__(cls) -> Memory: ...
+
+# names of one tensor, or of blocks and scales; the conversion's name; regions as (start, stop) for each axis
+_Request = tuple[list[str], str, list[list[tuple[int, int]]]]
+
+@final
 class Checkpoint:
     def __new__(cls, source: _Path) -> Checkpoint: ...
     def names(self) -> list[str]: ...
     def spec(self, name: str) -> tuple[str, list[int], int, list[str], int]: ...
     def view(self, name: str) -> list[NDArray[np.uint8]]: ...
+    def parts(self, name: str) -> list[tuple[int, int, int, bool]]: ...
+    def pairs(self) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]: ...
+    def read(
+        self,
+        requests: Sequence[_Request],
+        *,
+        on_overflow: str,
+        workers: int | None,
+        memory: Memory,
+        callback: _Callback | None,
+    ) -> tuple[list[tuple[list[NDArray[np.uint8]], int, int]], int]: ...
     @property
     def metadata(self) -> dict[str, str]: ...
     @property
@@ -48,6 +68,7 @@ class Checkpoint:
     @property
     def stored_elements(self) -> int: ...
 
+def select(names: Sequence[str], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[bool]: ...
 def convert(
     source: _Path,
     output: _Path,

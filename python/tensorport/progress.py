@@ -16,7 +16,7 @@ class ProgressEvent:
     """How far a job is.
 
     Attributes:
-        phase: `check` (re-checking an interrupted conversion), `convert`, `verify`, `read` or `synthesize`.
+        phase: `check` (re-checking an interrupted conversion), `convert`, `verify`, `read`, `load` or `synthesize`.
         bytes_done: bytes of tensor data done in this phase.
         bytes_total: bytes of tensor data in this phase.
         tensors_done: tensors done in this phase.

@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ConversionReport", "VerificationFailure", "VerificationReport", "grouped", "human_bytes", "printable"]
+__all__ = [
+    "ConversionReport",
+    "LoadReport",
+    "VerificationFailure",
+    "VerificationReport",
+    "grouped",
+    "human_bytes",
+    "printable",
+]
 
 
 def human_bytes(nbytes: int) -> str:
@@ -176,3 +184,45 @@ class VerificationReport(_Report):
             ("compared with", "checksums and source" if self.compared_with_source else "checksums"),
         ]
         return lines + [("failure", str(failure)) for failure in self.failures]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, repr=False)
+class LoadReport(_Report):
+    """What a load did, in this process.
+
+    Attributes:
+        tensors: leaves of the tree; an MXFP4Array is one.
+        nbytes: bytes of the arrays on this process's devices; what several devices hold counts once.
+        mapped_bytes: of these, what lies in mapped files; the rest was read.
+        shared_bytes: of these, what JAX uses where it lies in host memory; the rest was copied or transferred.
+        bytes_read: bytes read from files: no mapped ones, but also what was read along between the regions wanted.
+        reasons: why buffers were read and not mapped: number of buffers by reason.
+        overflow: values that did not fit their dtype, by tensor of the checkpoint; only tensors that have some.
+        underflow: values that became zero and were not, by tensor of the checkpoint; only tensors that have some.
+        warnings: what the user should know.
+        seconds: wall time, transfers included.
+    """
+
+    tensors: int
+    nbytes: int
+    mapped_bytes: int
+    shared_bytes: int
+    bytes_read: int
+    reasons: Mapping[str, int]
+    overflow: Mapping[str, int]
+    underflow: Mapping[str, int]
+    warnings: tuple[str, ...]
+    seconds: float
+
+    def _lines(self) -> list[tuple[str, str]]:
+        lines = [
+            ("tensors", f"{self.tensors}, {human_bytes(self.nbytes)}"),
+            ("mapped", human_bytes(self.mapped_bytes)),
+            ("read from files", human_bytes(self.bytes_read)),
+            ("shared with JAX", human_bytes(self.shared_bytes)),
+            ("seconds", f"{self.seconds:.3f}"),
+        ]
+        lines += [("not mapped", f"{count}: {reason}") for reason, count in self.reasons.items()]
+        for label, counts in (("overflow", self.overflow), ("underflow", self.underflow)):
+            lines += [(label, f"{name}: {count} values") for name, count in counts.items()]
+        return lines + [("warning", warning) for warning in self.warnings]

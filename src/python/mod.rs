@@ -25,6 +25,7 @@ use crate::load::{self, Conversion, Request};
 use crate::ordered_map::OrderedMap;
 use crate::plan::Options;
 use crate::progress::Event;
+use crate::select::Selection;
 use crate::synthetic;
 use crate::work::Resources;
 use array::Bytes;
@@ -49,6 +50,9 @@ impl PyMemory {
         Self::default()
     }
 }
+
+/// Names of the decoded tensor, of its blocks, of its scales.
+type PairTuple = (String, String, String);
 
 /// Names of one tensor, or of blocks and scales; the conversion's name; regions as (start, stop) for each axis.
 type RequestTuple = (Vec<String>, String, Vec<Vec<(u64, u64)>>);
@@ -85,21 +89,25 @@ impl PyCheckpoint {
         views.into_iter().map(|view| array::array(py, Bytes::Mapped(view))).collect()
     }
 
-    /// Where the parts of a tensor stand: path, offset, nbytes, and whether the file lies on a remote filesystem.
-    fn parts(&self, py: Python<'_>, name: &str) -> PyResult<Vec<(PathBuf, u64, u64, bool)>> {
+    /// Where the parts of a tensor stand: number of the file, offset, nbytes, whether the filesystem is a remote one.
+    fn parts(&self, py: Python<'_>, name: &str) -> PyResult<Vec<(usize, u64, u64, bool)>> {
         let tensor = self.tensor(name)?;
         let place = |part: &Part| {
             let file = &self.inner.files()[part.file];
-            Ok((file.path.clone(), part.offset, part.nbytes, file.is_remote()?))
+            Ok((part.file, part.offset, part.nbytes, file.is_remote()?))
         };
         py.detach(|| tensor.parts.iter().map(place).collect::<Result<_>>()).map_err(PyErr::from)
     }
 
-    /// The MXFP4 pairs: name of the decoded tensor, of its blocks, of its scales.
-    fn pairs(&self) -> Vec<(String, &str, &str)> {
-        let tensors = self.inner.tensors();
-        let name = |index: usize| tensors[index].name.as_str();
-        self.inner.pairing().pairs.into_iter().map(|pair| (pair.name, name(pair.blocks), name(pair.scales))).collect()
+    /// The MXFP4 pairs: name of the decoded tensor, of its blocks, of its scales. And the tensors that look like half a
+    /// pair but are none: name, name that the decoded tensor would have, what is wrong.
+    fn pairs(&self) -> (Vec<PairTuple>, Vec<(String, String, String)>) {
+        let name = |index: usize| self.inner.tensors()[index].name.clone();
+        let pairing = self.inner.pairing();
+        let pairs = pairing.pairs.into_iter().map(|pair| (pair.name, name(pair.blocks), name(pair.scales)));
+        let misfits =
+            pairing.misfits.into_iter().map(|misfit| (name(misfit.index), misfit.name, misfit.fault.to_string()));
+        (pairs.collect(), misfits.collect())
     }
 
     /// Reads regions of tensors. Returns for each request its regions, how many values overflowed and how many became
@@ -153,6 +161,13 @@ impl PyCheckpoint {
     fn tensor(&self, name: &str) -> PyResult<&TensorSpec> {
         self.inner.get(name).ok_or_else(|| PyKeyError::new_err(name.to_owned()))
     }
+}
+
+/// Which of the names include and exclude globs take.
+#[pyfunction]
+fn select(names: Vec<String>, include: Option<Vec<String>>, exclude: Option<Vec<String>>) -> PyResult<Vec<bool>> {
+    let selection = Selection::new(include.as_deref(), exclude.as_deref())?;
+    Ok(names.iter().map(|name| selection.takes(name)).collect())
 }
 
 /// Converts a checkpoint; `options` is JSON. Returns the report as JSON.
@@ -297,6 +312,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("VerificationError", verification_error)?;
     module.add_class::<PyCheckpoint>()?;
     module.add_class::<PyMemory>()?;
+    module.add_function(wrap_pyfunction!(select, module)?)?;
     module.add_function(wrap_pyfunction!(convert, module)?)?;
     module.add_function(wrap_pyfunction!(verify, module)?)?;
     module.add_function(wrap_pyfunction!(synthesize, module)?)?;

@@ -1,0 +1,238 @@
+"""What a checkpoint becomes in JAX: named leaves with their shapes and dtypes. Touches no tensor data and no device."""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeAlias
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from tensorport import _core
+from tensorport.checkpoint import Checkpoint, TensorSpec
+from tensorport.errors import CheckpointError, MappingError
+from tensorport.mxfp4.types import MX_BLOCK_SIZE, MXFP4Array
+
+__all__ = ["ArraySource", "Leaf", "Rename", "find_leaves", "renamed"]
+
+_CASTABLE: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
+"""Dtypes that `dtype` casts, as `precision` of convert() does."""
+
+_NOT_IN_JAX: Final = frozenset({"float6_e2m3fn", "float6_e3m2fn"})
+"""Dtypes that JAX names but cannot hold: "Unknown NumPy dtype" in 0.10 and 0.12."""
+
+Rename: TypeAlias = Callable[[str], str] | Mapping[str, str] | Sequence[tuple[str | re.Pattern[str], str]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ArraySource:
+    """One jax.Array and where its values come from.
+
+    Attributes:
+        names: the checkpoint's tensor; blocks and scales of an MXFP4 pair that is decoded.
+        conversion: what happens on the way, in the extension module's words.
+        shape: shape of the array.
+        dtype: dtype of the array.
+    """
+
+    names: tuple[str, ...]
+    conversion: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leaf:
+    """One leaf of the tree: an array, or the blocks and scales of an MXFP4Array.
+
+    Attributes:
+        name: full dotted name, after `rename`.
+        arrays: one array; blocks and scales for an MXFP4Array.
+    """
+
+    name: str
+    arrays: tuple[ArraySource, ...]
+
+    @property
+    def is_mxfp4(self) -> bool:
+        """Whether the leaf is an MXFP4Array."""
+        return len(self.arrays) == 2
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        shape = self.arrays[-1].shape
+        return (*shape[:-1], MX_BLOCK_SIZE * shape[-1]) if self.is_mxfp4 else shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Logical dtype."""
+        return np.dtype(ml_dtypes.bfloat16) if self.is_mxfp4 else self.arrays[0].dtype
+
+    def build(self, arrays: Sequence[Any]) -> Any:
+        """The leaf made of its arrays, or of what stands for them."""
+        return MXFP4Array(*arrays) if self.is_mxfp4 else arrays[0]
+
+
+def find_leaves(
+    checkpoint: Checkpoint,
+    *,
+    dtype: np.dtype[Any] | None,
+    mxfp4: str,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+) -> tuple[list[Leaf], list[str]]:
+    """The leaves that a checkpoint's selected tensors become, in the checkpoint's order, and what the user should know.
+
+    Raises:
+        CheckpointError: `mxfp4` is "dequantize" and half of a pair is missing or does not fit.
+        MappingError: nothing is selected, two leaves have one name, or JAX has no such dtype.
+    """
+    candidates = list(_candidates(checkpoint, dtype, mxfp4, include, exclude))
+    taken = _core.select([leaf.name for leaf in candidates], include, exclude)
+    leaves = [leaf for leaf, is_taken in zip(candidates, taken, strict=True) if is_taken]
+    if candidates and not leaves:
+        raise MappingError(
+            f"found {len(candidates)} tensors, none of them selected, expected include {_told(include)} and exclude "
+            f"{_told(exclude)} to leave some"
+        )
+    _refuse_duplicates(leaf.name for leaf in leaves)
+    missing = [leaf for leaf in leaves if leaf.dtype.name in _NOT_IN_JAX]
+    if missing:
+        named = ", ".join(f"{leaf.name} ({leaf.dtype.name})" for leaf in missing)
+        raise MappingError(
+            f"found dtypes that JAX cannot hold: {named}, expected them in exclude= (open() has their bytes)"
+        )
+    return leaves, _narrowed(checkpoint, leaves, dtype)
+
+
+def _candidates(
+    checkpoint: Checkpoint,
+    dtype: np.dtype[Any] | None,
+    mxfp4: str,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+) -> Iterator[Leaf]:
+    """Every leaf that could be selected."""
+    pairs, misfits = checkpoint._core.pairs() if mxfp4 != "raw" else ([], [])
+    blocks_to_pair = {blocks: (name, scales) for name, blocks, scales in pairs}
+    halves = {scales for _, _, scales in pairs}
+    if mxfp4 == "dequantize":
+        # A misfit has two names, like a pair: leaving out either leaves it out.
+        for name, pair_name, fault in misfits:
+            if all(_core.select([name, pair_name], include, exclude)):
+                raise CheckpointError(fault)
+            halves.add(name)
+    for name, spec in checkpoint.specs.items():
+        if name in halves:
+            continue
+        if name not in blocks_to_pair:
+            yield Leaf(name, (_plain(spec, dtype),))
+            continue
+        pair_name, scales = blocks_to_pair[name]
+        if mxfp4 == "keep":
+            yield Leaf(pair_name, (_plain(spec, None), _plain(checkpoint.specs[scales], None)))
+        else:
+            target = dtype or np.dtype(ml_dtypes.bfloat16)
+            shape = (*spec.shape[:-2], spec.shape[-2] * MX_BLOCK_SIZE)
+            yield Leaf(pair_name, (ArraySource((name, scales), target.name, shape, target),))
+
+
+def _plain(spec: TensorSpec, dtype: np.dtype[Any] | None) -> ArraySource:
+    """A tensor as one array: cast if it is a float, in 32 bits if JAX has no 64."""
+    target = dtype if dtype is not None and spec.dtype.name in _CASTABLE else spec.dtype
+    target = np.dtype(jax.dtypes.canonicalize_dtype(target))
+    if spec.dtype.name == "float4_e2m1fn":
+        conversion = "unpack"
+    elif target == spec.dtype:
+        conversion = "none"
+    elif spec.dtype.name in _CASTABLE:
+        conversion = target.name
+    else:
+        conversion = "narrow"
+    return ArraySource((spec.name,), conversion, spec.shape, target)
+
+
+def _narrowed(checkpoint: Checkpoint, leaves: list[Leaf], dtype: np.dtype[Any] | None) -> list[str]:
+    """A warning that names the tensors which JAX's setting narrows to 32 bits, if there are any."""
+    narrowed = [
+        f"{leaf.name} ({spec.dtype.name})"
+        for leaf in leaves
+        for spec in [checkpoint.specs[leaf.arrays[0].names[0]]]
+        if spec.dtype.itemsize == 8
+        and leaf.dtype.itemsize == 4
+        and not (dtype is not None and spec.dtype.name in _CASTABLE)
+    ]
+    if not narrowed:
+        return []
+    return [
+        "JAX holds 64-bit numbers only after jax.config.update('jax_enable_x64', True): loaded in 32 bits: "
+        + ", ".join(narrowed)
+    ]
+
+
+def renamed(leaves: list[Leaf], rename: Rename | None) -> list[Leaf]:
+    """The leaves under their new names.
+
+    Raises:
+        MappingError: two leaves get one name, or a key of a dict names none.
+        TypeError: `rename` is something else, or makes a name that is no text.
+    """
+    if rename is None:
+        return leaves
+    rename_one = _renamer(rename, {leaf.name for leaf in leaves})
+    new_names = [rename_one(leaf.name) for leaf in leaves]
+    for leaf, name in zip(leaves, new_names, strict=True):
+        if not isinstance(name, str):
+            raise TypeError(f"rename: found {name!r} for {leaf.name!r}, expected a name")
+    sources: dict[str, list[str]] = {}
+    for leaf, name in zip(leaves, new_names, strict=True):
+        sources.setdefault(name, []).append(leaf.name)
+    met = [f"{name} (from {', '.join(old)})" for name, old in sources.items() if len(old) > 1]
+    if met:
+        raise MappingError(f"rename: found one name for several tensors: {'; '.join(met)}, expected a name for each")
+    return [dataclasses.replace(leaf, name=name) for leaf, name in zip(leaves, new_names, strict=True)]
+
+
+def _renamer(rename: Rename, names: set[str]) -> Callable[[str], str]:
+    if isinstance(rename, Mapping):
+        unknown = [name for name in rename if name not in names]
+        if unknown:
+            raise MappingError(f"rename: found {', '.join(map(repr, unknown))}, expected names of selected tensors")
+        return lambda name: rename.get(name, name)
+    if callable(rename):
+        return rename
+    if isinstance(rename, str) or not isinstance(rename, Sequence):
+        raise TypeError(f"rename: found {rename!r}, expected a callable, a dict, or (regex, replacement) pairs")
+    rules = []
+    for rule in rename:
+        if isinstance(rule, str) or not isinstance(rule, Sequence) or len(rule) != 2:
+            raise TypeError(f"rename: found the rule {rule!r}, expected (regex, replacement)")
+        try:
+            rules.append((re.compile(rule[0]), rule[1]))
+        except re.error as fault:
+            raise ValueError(
+                f"rename: found the pattern {rule[0]!r} ({fault}), expected a regular expression"
+            ) from fault
+
+    def apply(name: str) -> str:
+        for pattern, replacement in rules:
+            name = pattern.sub(replacement, name)
+        return name
+
+    return apply
+
+
+def _refuse_duplicates(names: Iterator[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise MappingError(
+            f"found {', '.join(map(repr, twice))} both as a tensor and as an MXFP4 pair, expected one of each name "
+            '(mxfp4="raw" keeps the names of blocks and scales)'
+        )
+
+
+def _told(globs: Sequence[str] | None) -> str:
+    return "(not given)" if globs is None else repr(list(globs))

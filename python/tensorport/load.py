@@ -1,0 +1,438 @@
+"""load_params(): a checkpoint as a pytree of (sharded) jax.Arrays."""
+
+import collections
+import dataclasses
+import os
+import threading
+import time
+import warnings as python_warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from typing import Any, Literal, overload
+
+try:
+    import jax
+except ImportError as fault:
+    raise ImportError("load_params needs JAX: pip install 'tensorport[jax]'") from fault
+import numpy as np
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
+from tensorport.buffers import Buffer, Reader, make_buffers
+from tensorport.checkpoint import Checkpoint
+from tensorport.convert import _choice, _globs, _positive
+from tensorport.leaves import ArraySource, Leaf, Rename, find_leaves, renamed
+from tensorport.progress import Progress, observe
+from tensorport.reports import LoadReport
+from tensorport.sharding import ShardingLike, device_regions, place
+from tensorport.trees import Target, nested_dict, refuse_prefixes
+
+__all__ = ["load_params", "load_params_shapes"]
+
+_Callback = Callable[..., None]
+
+_BATCH_BYTES = 256_000_000
+"""What is read at once on its way to an accelerator, unless one tensor is larger."""
+
+_IN_FLIGHT_BYTES = 1_000_000_000
+"""Host memory for what is being read and what is on its way to accelerators, unless one tensor is larger."""
+
+
+@overload
+def load_params(
+    source: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = ...,
+    mxfp4: Literal["keep", "dequantize", "raw"] = ...,
+    sharding: ShardingLike | None = ...,
+    mesh: Mesh | None = ...,
+    include: str | Sequence[str] | None = ...,
+    exclude: str | Sequence[str] | None = ...,
+    rename: Rename | None = ...,
+    target: Any = ...,
+    nested: bool = ...,
+    on_overflow: Literal["error", "warn", "saturate"] = ...,
+    workers: int | None = ...,
+    progress: Progress = ...,
+    io: Literal["auto", "map", "read"] = ...,
+    return_report: Literal[False] = ...,
+) -> Any: ...
+@overload
+def load_params(
+    source: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = ...,
+    mxfp4: Literal["keep", "dequantize", "raw"] = ...,
+    sharding: ShardingLike | None = ...,
+    mesh: Mesh | None = ...,
+    include: str | Sequence[str] | None = ...,
+    exclude: str | Sequence[str] | None = ...,
+    rename: Rename | None = ...,
+    target: Any = ...,
+    nested: bool = ...,
+    on_overflow: Literal["error", "warn", "saturate"] = ...,
+    workers: int | None = ...,
+    progress: Progress = ...,
+    io: Literal["auto", "map", "read"] = ...,
+    return_report: Literal[True],
+) -> tuple[Any, LoadReport]: ...
+def load_params(
+    source: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    mxfp4: Literal["keep", "dequantize", "raw"] = "keep",
+    sharding: ShardingLike | None = None,
+    mesh: Mesh | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    rename: Rename | None = None,
+    target: Any = None,
+    nested: bool = True,
+    on_overflow: Literal["error", "warn", "saturate"] = "error",
+    workers: int | None = None,
+    progress: Progress = False,
+    io: Literal["auto", "map", "read"] = "auto",
+    return_report: bool = False,
+) -> Any:
+    """Loads a checkpoint as a pytree of jax.Arrays.
+
+    On CPU, tensors whose data begins at a multiple of 64 bytes in its file (all of a tree that `convert` wrote) are not
+    read at all: the arrays share the mapped file, and pages come when they are touched. While such an array lives, its
+    file must not be edited or truncated: an edit shows in the array, and touching data behind a new end of file ends
+    the process (SIGBUS). Replacing the file by a rename is safe. All else is read in parallel: into memory that JAX on
+    CPU shares, or on its way to an accelerator in bounded batches, while the batch before is transferred.
+
+    Args:
+        source: what :func:`tensorport.open` opens.
+        dtype: float16, bfloat16 or float32: float64, float32, float16 and bfloat16 tensors are cast to it, rounding to
+            nearest even. Narrower floats, integers, bools and MXFP4Arrays stay. None keeps every dtype. 64-bit tensors
+            that JAX does not hold (`jax_enable_x64` is off) come in 32 bits, with a warning that names them.
+        mxfp4: what becomes of a pair of blocks and scales: `keep` makes it one :class:`tensorport.mxfp4.MXFP4Array`,
+            `dequantize` one array [..., 32 * groups] in `dtype` (None means bfloat16), `raw` leaves two uint8 arrays.
+            All but `raw` know the pair by the name of the decoded tensor.
+        sharding: a Sharding, a device, a callable `(name, ShapeDtypeStruct) -> Sharding`, or a list of
+            `(regex, PartitionSpec)` for `mesh`: the first that `re.search` finds in a leaf's name. Each process reads
+            the bytes that its devices hold. None is JAX's default device, or what `target` says.
+        mesh: the mesh of the PartitionSpecs.
+        include: glob or globs on full dotted names; only tensors that match are taken.
+        exclude: glob or globs on full dotted names to leave out.
+        rename: a callable, a dict of names, or a list of `(regex, replacement)` that `re.sub` applies in turn. Sharding
+            rules and `target` see the new names.
+        target: a tree to fill: an `nnx.State`, an Equinox module, dicts of ShapeDtypeStructs or arrays. Names (paths
+            joined by dots), shapes and dtypes are compared before anything is read; its structure is what is returned.
+        nested: split names at dots into nested dicts; False gives one flat dict.
+        on_overflow: what becomes of finite values beyond a dtype: `error` raises, `warn` makes floats infinite,
+            `saturate` the largest finite value. Integers saturate in both.
+        workers: threads; all cores by default.
+        progress: False, True for a bar, or a callable that gets a :class:`ProgressEvent`.
+        io: `auto` maps what JAX can share and what lies on a local filesystem, and reads the rest; `map` maps whatever
+            lies in one piece, also where JAX then copies it; `read` reads everything.
+        return_report: return `(params, report)`; the :class:`LoadReport` tells what was mapped, what was read and why.
+
+    Returns:
+        Nested dicts of jax.Arrays and MXFP4Arrays in the order of the checkpoint, or the structure of `target`. All
+        transfers are done.
+
+    Raises:
+        CheckpointError: the bytes of the source are wrong.
+        ConversionError: values overflow.
+        MappingError: names, shapes or dtypes do not fit: `rename`, `sharding`, `target`, nesting, dtypes JAX lacks.
+        OSError: the system refused.
+        TypeError, ValueError: an argument is out of its range.
+    """
+    started = time.perf_counter()
+    workers = _positive("workers", workers)
+    on_overflow = _choice("on_overflow", on_overflow, ("error", "warn", "saturate"))  # type: ignore[assignment]
+    io = _choice("io", io, ("auto", "map", "read"))  # type: ignore[assignment]
+    plan = _plan(source, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested)
+    for warning in plan.warnings:
+        python_warnings.warn(warning, stacklevel=2)
+    reader = Reader(plan.checkpoint, on_overflow, workers)
+    with observe(progress) as callback:
+        values, report = _Loading(plan, reader, io).run(callback)
+    for name, count in reader.overflow.items():
+        python_warnings.warn(f"{name}: {count} values overflowed (on_overflow={on_overflow!r})", stacklevel=2)
+    params = plan.assemble(values)
+    return (params, dataclasses.replace(report, seconds=time.perf_counter() - started)) if return_report else params
+
+
+def load_params_shapes(
+    source: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    mxfp4: Literal["keep", "dequantize", "raw"] = "keep",
+    sharding: ShardingLike | None = None,
+    mesh: Mesh | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    rename: Rename | None = None,
+    target: Any = None,
+    nested: bool = True,
+    on_overflow: Literal["error", "warn", "saturate"] = "error",  # noqa: ARG001 - the arguments of load_params
+    workers: int | None = None,  # noqa: ARG001
+    progress: Progress = False,  # noqa: ARG001
+    io: Literal["auto", "map", "read"] = "auto",  # noqa: ARG001
+) -> Any:
+    """The tree that :func:`load_params` would return, as jax.ShapeDtypeStructs; reads headers and no tensor data.
+
+    Takes the arguments of :func:`load_params`, and raises what it raises. ShapeDtypeStructs carry their shardings.
+    """
+    plan = _plan(source, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested)
+    for warning in plan.warnings:
+        python_warnings.warn(warning, stacklevel=2)
+    structs = [
+        leaf.build([jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding) for array in leaf.arrays])
+        for leaf, sharding in zip(plan.leaves, plan.shardings, strict=True)
+    ]
+    return plan.assemble(structs)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is to be loaded: checked, and nothing read."""
+
+    checkpoint: Checkpoint
+    leaves: list[Leaf]
+    shardings: list[Sharding | None]
+    target: Target | None
+    nested: bool
+    warnings: list[str]
+
+    def assemble(self, values: Sequence[Any]) -> Any:
+        """The tree around one value for each leaf."""
+        names = [leaf.name for leaf in self.leaves]
+        if self.target is not None:
+            return self.target.fill(names, values)
+        return nested_dict(names, values) if self.nested else dict(zip(names, values, strict=True))
+
+
+def _plan(  # noqa: PLR0917 - what load_params and load_params_shapes hand on, in their order
+    source: str | os.PathLike[str],
+    dtype: DTypeLike | None,
+    mxfp4: str,
+    sharding: ShardingLike | None,
+    mesh: Mesh | None,
+    include: str | Sequence[str] | None,
+    exclude: str | Sequence[str] | None,
+    rename: Rename | None,
+    target: Any,
+    nested: bool,
+) -> _Plan:
+    wanted_dtype = None if dtype is None else np.dtype(dtype)
+    if wanted_dtype is not None and wanted_dtype.name not in ("float16", "bfloat16", "float32"):
+        raise ValueError(
+            f"dtype: found {wanted_dtype.name}, expected float16, bfloat16 or float32, or None to keep all"
+        )
+    _choice("mxfp4", mxfp4, ("keep", "dequantize", "raw"))
+    checkpoint = Checkpoint(source)
+    leaves, warnings = find_leaves(
+        checkpoint,
+        dtype=wanted_dtype,
+        mxfp4=mxfp4,
+        include=_globs("include", include),
+        exclude=_globs("exclude", exclude),
+    )
+    leaves = renamed(leaves, rename)
+    filled = None if target is None else Target(target)
+    if filled is not None:
+        filled.check(leaves)
+        if sharding is None and mesh is None:
+            sharding = filled.shardings()
+    elif nested:
+        refuse_prefixes([leaf.name for leaf in leaves])
+    return _Plan(checkpoint, leaves, place(leaves, sharding, mesh), filled, nested, warnings)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Array:
+    """One array to be made, and its buffers."""
+
+    source: ArraySource
+    sharding: Sharding | None
+    buffers: list[Buffer]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+
+class _Loading:
+    """One run of a plan: buffers filled batch by batch, and handed to JAX."""
+
+    def __init__(self, plan: _Plan, reader: Reader, io: str) -> None:
+        self._plan = plan
+        self._reader = reader
+        self._arrays = [
+            _Array(
+                source, sharding, make_buffers(source, None if sharding is None else device_regions(source, sharding))
+            )
+            for leaf, sharding in zip(plan.leaves, plan.shardings, strict=True)
+            for source in leaf.arrays
+        ]
+        self._default = _default_device()
+        self._buffers = [buffer for array in self._arrays for buffer in array.buffers]
+        reader.choose(self._buffers, io, self._is_host)
+        # By identity: buffers whose memory JAX uses as it is.
+        self._shared: set[int] = set()
+
+    def _is_host(self, buffer: Buffer) -> bool:
+        """Whether the devices of a buffer work on host memory."""
+        platforms = {device.platform for device in buffer.devices or [self._default]}
+        return platforms == {"cpu"}
+
+    def run(self, callback: _Callback | None) -> tuple[list[Any], LoadReport]:
+        """Loads all; returns one value for each leaf, and what happened."""
+        # On CPU all at once: what is read stays where it is read.
+        is_host = all(map(self._is_host, self._buffers))
+        arrays = self._load(self._arrays, callback) if is_host else self._stream(callback)
+        jax.block_until_ready(arrays)
+        if callback is not None:
+            total = sum(buffer.nbytes for buffer in self._buffers)
+            callback("load", total, total, len(self._arrays), len(self._arrays), self._arrays[-1].source.names[0])
+        rest = iter(arrays)
+        values = [leaf.build([next(rest) for _ in leaf.arrays]) for leaf in self._plan.leaves]
+        return values, self._report()
+
+    def _load(self, batch: list[_Array], callback: _Callback | None) -> list[jax.Array]:
+        self._reader.fill([buffer for array in batch for buffer in array.buffers], self._within(batch, callback))
+        return self._deliver(batch)
+
+    def _within(self, batch: list[_Array], callback: _Callback | None) -> _Callback | None:
+        """A callback that counts within a batch, as one that counts within all."""
+        if callback is None:
+            return None
+        first = next(index for index, array in enumerate(self._arrays) if array is batch[0])
+        before = sum(array.nbytes for array in self._arrays[:first])
+        total = sum(array.nbytes for array in self._arrays)
+
+        def count(phase: str, bytes_done: int, _: int, tensors_done: int, __: int, tensor: str) -> None:
+            done = min(tensors_done, len(batch))
+            callback(phase, before + bytes_done, total, first + done, len(self._arrays), tensor)
+
+        return count
+
+    def _stream(self, callback: _Callback | None) -> list[jax.Array]:
+        """Loads batch by batch: one is read while those before are transferred, in bounded memory."""
+        arrays: list[jax.Array] = []
+        in_flight: collections.deque[tuple[list[jax.Array], int]] = collections.deque()
+        stop = threading.Event()
+        newest: list[tuple[Any, ...]] = []
+
+        def note(*event: Any) -> None:
+            # On the reading thread: the caller's callback runs on the caller's.
+            if stop.is_set():
+                raise KeyboardInterrupt
+            newest[:] = [event]
+
+        def fill(batch: list[_Array]) -> None:
+            self._reader.fill([buffer for array in batch for buffer in array.buffers], self._within(batch, note))
+
+        with ThreadPoolExecutor(1, "tensorport-load") as executor:
+            try:
+                for batch in self._batches():
+                    nbytes = sum(array.nbytes for array in batch)
+                    while in_flight and nbytes + sum(held for _, held in in_flight) > _IN_FLIGHT_BYTES:
+                        jax.block_until_ready(in_flight.popleft()[0])
+                    reading = executor.submit(fill, batch)
+                    _wait(reading, newest, callback)
+                    delivered = self._deliver(batch)
+                    in_flight.append((delivered, nbytes))
+                    arrays += delivered
+            except BaseException:
+                stop.set()
+                raise
+        return arrays
+
+    def _batches(self) -> Iterator[list[_Array]]:
+        """Neighbouring arrays, together no larger than a batch unless there is only one."""
+        batch: list[_Array] = []
+        for array in self._arrays:
+            if batch and sum(other.nbytes for other in batch) + array.nbytes > _BATCH_BYTES:
+                yield batch
+                batch = []
+            batch.append(array)
+        if batch:
+            yield batch
+
+    def _deliver(self, batch: list[_Array]) -> list[jax.Array]:
+        """Hands filled buffers to JAX, all in one call for each kind of placement, and lets go of them."""
+        pieces = [
+            (buffer, _target(array.sharding, device))
+            for array in batch
+            for buffer in array.buffers
+            for device in (buffer.devices or [None])
+        ]
+        free = [buffer.data for buffer, target in pieces if target is None]
+        placed = [(buffer.data, target) for buffer, target in pieces if target is not None]
+        put_free = iter(jax.device_put(free) if free else [])
+        put_placed = iter(
+            jax.device_put([data for data, _ in placed], [target for _, target in placed]) if placed else []
+        )
+        shards = [(buffer, next(put_free if target is None else put_placed)) for buffer, target in pieces]
+        for buffer, shard in shards:
+            self._count(buffer, shard)
+            buffer.data = None
+        rest = iter(shard for _, shard in shards)
+        return [
+            self._array(array, [next(rest) for buffer in array.buffers for _ in buffer.devices or [None]])
+            for array in batch
+        ]
+
+    def _array(self, array: _Array, shards: list[jax.Array]) -> jax.Array:
+        if array.sharding is None or isinstance(array.sharding, SingleDeviceSharding):
+            return shards[0]
+        return jax.make_array_from_single_device_arrays(
+            array.source.shape, array.sharding, shards, dtype=array.source.dtype
+        )
+
+    def _count(self, buffer: Buffer, shard: jax.Array) -> None:
+        if not self._is_host(buffer) or not buffer.nbytes or id(buffer) in self._shared:
+            return
+        assert buffer.data is not None
+        if shard.unsafe_buffer_pointer() == buffer.data.ctypes.data:
+            self._shared.add(id(buffer))
+
+    def _report(self) -> LoadReport:
+        mapped = [buffer for buffer in self._buffers if buffer.reason is None]
+        reasons = collections.Counter(buffer.reason for buffer in self._buffers if buffer.reason is not None)
+        return LoadReport(
+            tensors=len(self._plan.leaves),
+            nbytes=sum(buffer.nbytes for buffer in self._buffers),
+            mapped_bytes=sum(buffer.nbytes for buffer in mapped),
+            shared_bytes=sum(buffer.nbytes for buffer in self._buffers if id(buffer) in self._shared),
+            bytes_read=self._reader.bytes_read,
+            reasons=dict(reasons),
+            overflow=dict(self._reader.overflow),
+            underflow=dict(self._reader.underflow),
+            warnings=tuple(self._plan.warnings),
+            seconds=0.0,
+        )
+
+
+def _wait(reading: Future[None], newest: list[tuple[Any, ...]], callback: _Callback | None) -> None:
+    """Waits for the reading thread, and passes its events on."""
+    while True:
+        try:
+            return reading.result(timeout=0.05)
+        except FutureTimeoutError:
+            if reading.done():
+                raise
+        if newest and callback is not None:
+            callback(*newest.pop())
+
+
+def _target(sharding: Sharding | None, device: jax.Device | None) -> Any:
+    """What device_put takes for a shard: None for the default device."""
+    if sharding is None or device is None:
+        return None
+    kind = sharding.memory_kind
+    is_default = kind is None or kind == device.default_memory().kind
+    return device if is_default else SingleDeviceSharding(device, memory_kind=kind)
+
+
+def _default_device() -> jax.Device:
+    """The device of arrays that nobody placed."""
+    (device,) = jax.device_put(np.uint8(0)).devices()
+    return device

@@ -1,0 +1,120 @@
+"""Where arrays go: rules to shardings, shardings to the regions that each device holds."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from tensorport.errors import MappingError
+from tensorport.leaves import ArraySource, Leaf
+
+__all__ = ["Region", "ShardingLike", "device_regions", "place"]
+
+Rules: TypeAlias = Sequence[tuple[str | re.Pattern[str], PartitionSpec | None]]
+ShardingLike: TypeAlias = (
+    Sharding | jax.Device | Callable[[str, jax.ShapeDtypeStruct], Sharding | jax.Device | None] | Rules
+)
+
+Region: TypeAlias = tuple[tuple[int, int], ...]
+"""A box of an array: (start, stop) for each axis."""
+
+
+def place(leaves: Sequence[Leaf], sharding: ShardingLike | None, mesh: Mesh | None) -> list[Sharding | None]:
+    """The sharding of each leaf, fit for its shape; None is JAX's default device.
+
+    Raises:
+        MappingError: no rule matches a leaf, or a sharding does not fit its shape; says all of them.
+        TypeError: `sharding` is none of what it can be.
+        ValueError: rules without a mesh, or a mesh without rules.
+    """
+    choose = _chooser(sharding, mesh)
+    faults: list[str] = []
+    shardings = []
+    for leaf in leaves:
+        try:
+            chosen = choose(leaf.name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+            shardings.append(_checked(leaf, chosen))
+        except MappingError as fault:
+            faults.append(str(fault))
+    if faults:
+        raise MappingError("sharding does not fit:\n  " + "\n  ".join(faults))
+    return shardings
+
+
+def _chooser(
+    sharding: ShardingLike | None, mesh: Mesh | None
+) -> Callable[[str, jax.ShapeDtypeStruct], Sharding | jax.Device | None]:
+    is_one = sharding is None or isinstance(sharding, Sharding | jax.Device)
+    if mesh is not None and (is_one or callable(sharding)):
+        raise ValueError("mesh: found a mesh without rules, expected sharding=[(regex, PartitionSpec), ...] with it")
+    if is_one:
+        return lambda *_: sharding
+    if callable(sharding):
+        return sharding
+    if isinstance(sharding, str | PartitionSpec) or not isinstance(sharding, Sequence):
+        raise TypeError(
+            f"sharding: found {sharding!r}, expected a Sharding, a device, a callable, or (regex, PartitionSpec) rules "
+            "with a mesh"
+        )
+    return _rules(sharding, mesh)
+
+
+def _rules(rules: Rules, mesh: Mesh | None) -> Callable[[str, jax.ShapeDtypeStruct], Sharding]:
+    if mesh is None:
+        raise ValueError("mesh: found None, expected the mesh of the PartitionSpecs in sharding")
+    compiled = []
+    for rule in rules:
+        if not (isinstance(rule, tuple | list) and len(rule) == 2 and isinstance(rule[1], PartitionSpec | None)):
+            raise TypeError(f"sharding: found the rule {rule!r}, expected (regex, PartitionSpec)")
+        try:
+            compiled.append((re.compile(rule[0]), NamedSharding(mesh, rule[1] or PartitionSpec())))
+        except re.error as fault:
+            raise ValueError(
+                f"sharding: found the pattern {rule[0]!r} ({fault}), expected a regular expression"
+            ) from fault
+
+    def choose(name: str, _: jax.ShapeDtypeStruct) -> Sharding:
+        for pattern, sharding in compiled:
+            if pattern.search(name):
+                return sharding
+        raise MappingError(
+            f"{name}: found no rule that matches, expected one (a last rule ('', PartitionSpec()) replicates)"
+        )
+
+    return choose
+
+
+def _checked(leaf: Leaf, sharding: Any) -> Sharding | None:
+    if sharding is None:
+        return None
+    if isinstance(sharding, jax.Device):
+        return SingleDeviceSharding(sharding)
+    if not isinstance(sharding, Sharding):
+        raise TypeError(f"sharding: found {sharding!r} for {leaf.name!r}, expected a Sharding or a device")
+    for array in leaf.arrays:
+        try:
+            sharding.shard_shape(array.shape)
+        except ValueError as fault:
+            what = (
+                f"MXFP4 {list(leaf.shape)} in blocks of 32 {list(array.shape)}"
+                if leaf.is_mxfp4
+                else f"{list(leaf.shape)}"
+            )
+            raise MappingError(
+                f"{leaf.name}: found {what} under {sharding}, expected shards of one shape ({fault})"
+            ) from fault
+    return sharding
+
+
+def device_regions(array: ArraySource, sharding: Sharding) -> dict[Region, list[jax.Device]]:
+    """What this process's devices hold of an array: each region once, with the devices that hold it."""
+    regions: dict[Region, list[jax.Device]] = {}
+    for device, index in sharding.addressable_devices_indices_map(array.shape).items():
+        indices = (slice(None),) * len(array.shape) if index is None else index
+        region = tuple(
+            (item.indices(size)[0], item.indices(size)[1]) for item, size in zip(indices, array.shape, strict=True)
+        )
+        regions.setdefault(region, []).append(device)
+    return regions

@@ -1,0 +1,143 @@
+"""Named leaves as pytrees: nested dicts, flat dicts, or the structure of a target that they must fit."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from tensorport.errors import MappingError
+from tensorport.leaves import Leaf
+from tensorport.mxfp4.types import MXFP4Array
+
+__all__ = ["Target", "nested_dict", "refuse_prefixes"]
+
+
+def refuse_prefixes(names: Sequence[str]) -> None:
+    """Refuses names that are both a leaf and a branch of nested dicts.
+
+    Raises:
+        MappingError: one name goes on where another ends, as `a.b` does beside `a`.
+    """
+    leaves = set(names)
+    for name in names:
+        for end, character in enumerate(name):
+            if character == "." and name[:end] in leaves:
+                raise MappingError(
+                    f"found tensors {name[:end]!r} and {name!r}, expected no name that goes on where another ends "
+                    "(nested=False keeps names whole, rename changes them)"
+                )
+
+
+def nested_dict(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """Nested dicts, with the names split at dots."""
+    tree: dict[str, Any] = {}
+    for name, value in zip(names, values, strict=True):
+        *branches, last = name.split(".")
+        branch = tree
+        for key in branches:
+            branch = branch.setdefault(key, {})
+        branch[last] = value
+    return tree
+
+
+class Target:
+    """A tree whose arrays are to be filled, each found under its dotted path.
+
+    Keys of dicts, indices of sequences and names of attributes are joined by dots. A variable of Flax NNX counts as its
+    value. Leaves without shape and dtype (functions, numbers) stay as they are.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        """Looks at the structure; touches no array."""
+        variables = {path for path, leaf in _flatten(tree, _is_nnx_variable) if _is_nnx_variable(leaf)}
+        self._leaves = []
+        self._names = []
+        for path, leaf in _flatten(tree, lambda node: isinstance(node, MXFP4Array)):
+            ends = [end for end in range(len(path) + 1) if path[:end] in variables]
+            self._names.append(".".join(map(_key_text, path[: ends[0]] if ends else path)))
+            self._leaves.append(leaf)
+        self._treedef = jax.tree_util.tree_structure(tree, is_leaf=lambda node: isinstance(node, MXFP4Array))
+
+    def wanted(self) -> dict[str, Any]:
+        """The leaves to fill, by name."""
+        return {name: leaf for name, leaf in zip(self._names, self._leaves, strict=True) if _is_array(leaf)}
+
+    def check(self, leaves: Sequence[Leaf]) -> None:
+        """Compares names, shapes and dtypes.
+
+        Raises:
+            MappingError: something does not fit; says all that does not.
+        """
+        wanted = self.wanted()
+        found = {leaf.name: leaf for leaf in leaves}
+        faults = []
+        if len(wanted) < sum(map(_is_array, self._leaves)):
+            twice = sorted({name for name in self._names if self._names.count(name) > 1})
+            faults.append(f"target: found several leaves named {', '.join(twice)}, expected one of each name")
+        for name, leaf in wanted.items():
+            if name not in found:
+                faults.append(f"{name}: found no such tensor, expected {_described(leaf)}")
+            elif _described(leaf) != _described_leaf(found[name]):
+                faults.append(f"{name}: found {_described_leaf(found[name])}, expected {_described(leaf)}")
+        faults += [
+            f"{leaf.name}: found {_described_leaf(leaf)}, expected no such tensor (exclude leaves it out, rename gives "
+            "it another name)"
+            for leaf in leaves
+            if leaf.name not in wanted
+        ]
+        if faults:
+            raise MappingError(f"{len(faults)} mismatches with the target:\n  " + "\n  ".join(faults))
+
+    def shardings(self) -> Callable[[str, jax.ShapeDtypeStruct], Any]:
+        """The shardings that the target's own leaves say: those of ShapeDtypeStructs, and of committed arrays."""
+        wanted = self.wanted()
+
+        def choose(name: str, _: jax.ShapeDtypeStruct) -> Any:
+            leaf = wanted[name]
+            is_free = isinstance(leaf, jax.Array) and not leaf.committed
+            return None if is_free else getattr(leaf, "sharding", None)
+
+        return choose
+
+    def fill(self, names: Sequence[str], values: Sequence[Any]) -> Any:
+        """The target's structure around `values`."""
+        by_name = dict(zip(names, values, strict=True))
+        leaves = [
+            by_name[name] if _is_array(leaf) else leaf for name, leaf in zip(self._names, self._leaves, strict=True)
+        ]
+        return jax.tree_util.tree_unflatten(self._treedef, leaves)
+
+
+def _flatten(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[tuple[Any, ...], Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
+
+
+def _is_nnx_variable(node: Any) -> bool:
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(node, nnx.Variable)
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, MXFP4Array) or (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
+
+
+def _key_text(key: Any) -> str:
+    match key:
+        case DictKey(key=name) | FlattenedIndexKey(key=name):
+            return str(name)
+        case GetAttrKey(name=name):
+            return str(name)
+        case SequenceKey(idx=index):
+            return str(index)
+        case _:
+            return str(key)
+
+
+def _described(leaf: Any) -> str:
+    return f"{'MXFP4' if isinstance(leaf, MXFP4Array) else leaf.dtype} {list(leaf.shape)}"
+
+
+def _described_leaf(leaf: Leaf) -> str:
+    return f"MXFP4 {list(leaf.shape)}" if leaf.is_mxfp4 else f"{leaf.dtype.name} {list(leaf.shape)}"
