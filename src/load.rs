@@ -134,7 +134,7 @@ fn plain(checkpoint: &Checkpoint, tensor: &TensorSpec, conversion: Conversion) -
         (Conversion::Narrow, from @ Dtype::U64) => (Dtype::U32, Transform::Narrow { from }),
         (Conversion::Unpack, from @ Dtype::F4) => (from, Transform::Unpack),
         (conversion, from) => {
-            let expected = format_args!("a dtype for {conversion:?}");
+            let expected = format_args!("a dtype that the conversion {conversion:?} takes");
             return Err(Error::tensor(checkpoint.path_of(tensor), &tensor.name, dtype::name(from), expected));
         }
     };

@@ -21,7 +21,8 @@ _CASTABLE: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
 """Dtypes that `dtype` casts, as `precision` of convert() does."""
 
 _NOT_IN_JAX: Final = frozenset({"float6_e2m3fn", "float6_e3m2fn"})
-"""Dtypes that JAX names but cannot hold: "Unknown NumPy dtype" in 0.10 and 0.12."""
+"""Dtypes that JAX names but cannot use: 0.10 cannot hold them, 0.12 holds them and fails to compile any operation. How
+their codes are packed in a file, safetensors leaves open."""
 
 Rename: TypeAlias = Callable[[str], str] | Mapping[str, str] | Sequence[tuple[str | re.Pattern[str], str]]
 
@@ -103,7 +104,7 @@ def find_leaves(
     if missing:
         named = ", ".join(f"{leaf.name} ({leaf.dtype.name})" for leaf in missing)
         raise MappingError(
-            f"found dtypes that JAX cannot hold: {named}, expected them in exclude= (open() has their bytes)"
+            f"found dtypes that JAX cannot use: {named}, expected them in exclude= (open() has their bytes)"
         )
     return leaves, _narrowed(checkpoint, leaves, dtype)
 

@@ -3,12 +3,9 @@
 import collections
 import dataclasses
 import os
-import threading
 import time
 import warnings as python_warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, Literal, overload
 
 try:
@@ -26,6 +23,7 @@ from tensorport.leaves import ArraySource, Leaf, Rename, find_leaves, renamed
 from tensorport.progress import Progress, observe
 from tensorport.reports import LoadReport
 from tensorport.sharding import ShardingLike, device_regions, place
+from tensorport.streaming import stream
 from tensorport.trees import Target, nested_dict, refuse_prefixes
 
 __all__ = ["load_params", "load_params_shapes"]
@@ -286,24 +284,28 @@ class _Loading:
         """Loads all; returns one value for each leaf, and what happened."""
         # On CPU all at once: what is read stays where it is read.
         is_host = all(map(self._is_host, self._buffers))
-        arrays = self._load(self._arrays, callback) if is_host else self._stream(callback)
+        if is_host:
+            self._fill(self._arrays, callback)
+            arrays = self._deliver(self._arrays)
+        else:
+            arrays = self._stream(callback)
         jax.block_until_ready(arrays)
         if callback is not None:
             total = sum(buffer.nbytes for buffer in self._buffers)
-            callback("load", total, total, len(self._arrays), len(self._arrays), self._arrays[-1].source.names[0])
+            name = self._arrays[-1].source.names[0] if self._arrays else ""
+            callback("load", total, total, len(self._arrays), len(self._arrays), name)
         rest = iter(arrays)
         values = [leaf.build([next(rest) for _ in leaf.arrays]) for leaf in self._plan.leaves]
         return values, self._report()
 
-    def _load(self, batch: list[_Array], callback: _Callback | None) -> list[jax.Array]:
+    def _fill(self, batch: list[_Array], callback: _Callback | None) -> None:
         self._reader.fill([buffer for array in batch for buffer in array.buffers], self._within(batch, callback))
-        return self._deliver(batch)
 
     def _within(self, batch: list[_Array], callback: _Callback | None) -> _Callback | None:
         """A callback that counts within a batch, as one that counts within all."""
         if callback is None:
             return None
-        first = next(index for index, array in enumerate(self._arrays) if array is batch[0])
+        first = next((index for index, array in enumerate(self._arrays) if array is batch[0]), 0)
         before = sum(array.nbytes for array in self._arrays[:first])
         total = sum(array.nbytes for array in self._arrays)
 
@@ -314,36 +316,17 @@ class _Loading:
         return count
 
     def _stream(self, callback: _Callback | None) -> list[jax.Array]:
-        """Loads batch by batch: one is read while those before are transferred, in bounded memory."""
-        arrays: list[jax.Array] = []
-        in_flight: collections.deque[tuple[list[jax.Array], int]] = collections.deque()
-        stop = threading.Event()
-        newest: list[tuple[Any, ...]] = []
-
-        def note(*event: Any) -> None:
-            # On the reading thread: the caller's callback runs on the caller's.
-            if stop.is_set():
-                raise KeyboardInterrupt
-            newest[:] = [event]
-
-        def fill(batch: list[_Array]) -> None:
-            self._reader.fill([buffer for array in batch for buffer in array.buffers], self._within(batch, note))
-
-        with ThreadPoolExecutor(1, "tensorport-load") as executor:
-            try:
-                for batch in self._batches():
-                    nbytes = sum(array.nbytes for array in batch)
-                    while in_flight and nbytes + sum(held for _, held in in_flight) > _IN_FLIGHT_BYTES:
-                        jax.block_until_ready(in_flight.popleft()[0])
-                    reading = executor.submit(fill, batch)
-                    _wait(reading, newest, callback)
-                    delivered = self._deliver(batch)
-                    in_flight.append((delivered, nbytes))
-                    arrays += delivered
-            except BaseException:
-                stop.set()
-                raise
-        return arrays
+        """Loads batch by batch, for what does not stay in host memory."""
+        sent = stream(
+            list(self._batches()),
+            read=self._fill,
+            send=self._deliver,
+            wait=jax.block_until_ready,
+            nbytes=lambda batch: sum(array.nbytes for array in batch),
+            limit=_IN_FLIGHT_BYTES,
+            callback=callback,
+        )
+        return [array for batch in sent for array in batch]
 
     def _batches(self) -> Iterator[list[_Array]]:
         """Neighbouring arrays, together no larger than a batch unless there is only one."""
@@ -409,18 +392,6 @@ class _Loading:
             warnings=tuple(self._plan.warnings),
             seconds=0.0,
         )
-
-
-def _wait(reading: Future[None], newest: list[tuple[Any, ...]], callback: _Callback | None) -> None:
-    """Waits for the reading thread, and passes its events on."""
-    while True:
-        try:
-            return reading.result(timeout=0.05)
-        except FutureTimeoutError:
-            if reading.done():
-                raise
-        if newest and callback is not None:
-            callback(*newest.pop())
 
 
 def _target(sharding: Sharding | None, device: jax.Device | None) -> Any:

@@ -96,16 +96,19 @@ def _checked(leaf: Leaf, sharding: Any) -> Sharding | None:
     for array in leaf.arrays:
         try:
             sharding.shard_shape(array.shape)
-        except ValueError as fault:
-            what = (
-                f"MXFP4 {list(leaf.shape)} in blocks of 32 {list(array.shape)}"
-                if leaf.is_mxfp4
-                else f"{list(leaf.shape)}"
-            )
+        # IndexError: a specification of more axes than the array has.
+        except (IndexError, ValueError) as fault:
+            found = f"MXFP4 {list(leaf.shape)} in blocks of 32" if leaf.is_mxfp4 else str(list(leaf.shape))
             raise MappingError(
-                f"{leaf.name}: found {what} under {sharding}, expected shards of one shape ({fault})"
+                f"{leaf.name}: found {found} under {_described(sharding)}, expected axes that it divides evenly"
             ) from fault
     return sharding
+
+
+def _described(sharding: Sharding) -> str:
+    if isinstance(sharding, NamedSharding):
+        return f"{sharding.spec} on a mesh of {dict(sharding.mesh.shape)}"
+    return str(sharding)
 
 
 def device_regions(array: ArraySource, sharding: Sharding) -> dict[Region, list[jax.Device]]:

@@ -8,10 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 import tensorport
+from arrays import random_array
+
+# Before the first test starts the backend: shardings need devices to spread over.
+jax.config.update("jax_num_cpu_devices", 8)
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -110,3 +115,29 @@ def write_safetensors() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def aligned(tmp_path: Path, write_safetensors: Callable[..., Path]) -> Path:
+    """A file whose data begins at a multiple of 64, as do all its tensors but the last."""
+    tensors = {
+        "a.w": random_array((6, 5, 64), ml_dtypes.bfloat16, 1),
+        "a.scale": random_array((64,), ml_dtypes.float8_e8m0fnu, 2),
+        "b.f8": random_array((3, 128), ml_dtypes.float8_e4m3fn, 3),
+        "b.mask": np.array([True, False] * 32),
+        "b.one": random_array((1, 16), np.float32, 4),
+        "b.ragged": random_array((7,), np.int16, 5),
+        "c.late": random_array((5, 3), np.float32, 6),
+    }
+    path = write_safetensors(tmp_path / "aligned.safetensors", tensors)
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    return write_safetensors(path, tensors, misalign=-header % 64)
+
+
+@pytest.fixture
+def misaligned(tmp_path: Path, aligned: Path, write_safetensors: Callable[..., Path]) -> Path:
+    """The same tensors, 8 bytes behind a multiple of 64."""
+    tensors = {name: np.array(array) for name, array in tensorport.open(aligned).items()}
+    path = write_safetensors(tmp_path / "misaligned.safetensors", tensors)
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    return write_safetensors(path, tensors, misalign=(8 - header) % 64)

@@ -6,6 +6,7 @@ mod convert;
 mod fixtures;
 mod fuzz;
 mod header;
+mod load;
 mod malformed;
 mod mxfp4;
 mod names;
