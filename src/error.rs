@@ -70,8 +70,10 @@ pub enum Error {
     /// Finite values do not fit the target precision.
     #[error(
         "tensor {}: found {count} finite values beyond {precision}, the largest {largest:e}, expected all within \
-         ±{limit:e} (on_overflow=\"saturate\" clamps them, \"warn\" stores infinities)",
-        Quoted(tensor)
+         ±{limit:e} (on_overflow=\"saturate\" clamps them{})",
+        Quoted(tensor),
+        // Integers have no infinities.
+        if precision.contains("int") { "" } else { ", \"warn\" stores infinities" }
     )]
     Overflow {
         /// Full dotted name of the tensor.
