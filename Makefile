@@ -60,7 +60,7 @@ format:
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-# Some 25 minutes on two cores. BENCH_PYTHON: a Python with numpy, safetensors, ml_dtypes and perhaps torch, for the
+# Some 60 minutes on two cores. BENCH_PYTHON: a Python with numpy, safetensors, ml_dtypes and perhaps torch, for the
 # scripts written by hand; BENCH_DISK: a folder on a disk.
 BENCH_PYTHON ?= $(BIN)/python
 BENCH_DISK ?= .
@@ -68,6 +68,8 @@ bench: $(VENV)/.dev
 	cargo bench --bench kernels
 	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON)
 	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON) --where $(BENCH_DISK) --sync --only tensorport --only numpy
+	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK)
+	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK) --cold --rounds 3 --warmups 1
 
 clean:
 	rm -rf $(VENV) $(NEWEST_VENV) target dist

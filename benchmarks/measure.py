@@ -10,10 +10,12 @@ import platform
 import random
 import statistics
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import IO
 
 # Where a group that counts memory can be made, and the file with its peak: cgroup v2, then v1.
 CGROUPS = ((Path("/sys/fs/cgroup"), "memory.peak"), (Path("/sys/fs/cgroup/memory"), "memory.max_usage_in_bytes"))
@@ -22,12 +24,27 @@ SAMPLE_INTERVAL_S = 0.005
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """One run of one command."""
+    """One run of one command.
+
+    Attributes:
+        wall_s: seconds from its start to its end.
+        cpu_s: seconds of CPU time, in user and kernel.
+        anonymous_bytes: peak anonymous memory of the process tree.
+        cgroup_peak_bytes: peak of its cgroup, page cache included; None where no cgroup can be made.
+        output: what it printed.
+        samples: its anonymous memory every few milliseconds, with the `time.perf_counter` of each sample.
+    """
 
     wall_s: float
     cpu_s: float
     anonymous_bytes: int
     cgroup_peak_bytes: int | None
+    output: str = ""
+    samples: tuple[tuple[float, int], ...] = ()
+
+    def peak_between(self, start_s: float, end_s: float) -> int:
+        """Peak anonymous memory between two points in time; 0 where no sample fell between them."""
+        return max((nbytes for at_s, nbytes in self.samples if start_s <= at_s <= end_s), default=0)
 
 
 def anonymous_bytes(pid: int) -> int:
@@ -44,8 +61,13 @@ def anonymous_bytes(pid: int) -> int:
 
 def run(command: Sequence[str], env: dict[str, str] | None = None) -> Measurement:
     """Runs a command to its end; raises CalledProcessError when it fails."""
+    with tempfile.TemporaryFile() as output:
+        return _run(command, env, output)
+
+
+def _run(command: Sequence[str], env: dict[str, str] | None, output: IO[bytes]) -> Measurement:
     cgroup, peak_name = _new_cgroup() or (None, "")
-    peak = 0
+    samples: list[tuple[float, int]] = []
     started = time.perf_counter()
 
     def join_cgroup() -> None:
@@ -54,7 +76,7 @@ def run(command: Sequence[str], env: dict[str, str] | None = None) -> Measuremen
 
     process = subprocess.Popen(
         command,
-        stdout=subprocess.DEVNULL,
+        stdout=output,
         stderr=subprocess.PIPE,
         env=env,
         preexec_fn=join_cgroup,  # noqa: PLW1509 (no other thread runs yet)
@@ -62,9 +84,8 @@ def run(command: Sequence[str], env: dict[str, str] | None = None) -> Measuremen
     done = threading.Event()
 
     def sample() -> None:
-        nonlocal peak
         while not done.is_set():
-            peak = max(peak, anonymous_bytes(process.pid))
+            samples.append((time.perf_counter(), anonymous_bytes(process.pid)))
             done.wait(SAMPLE_INTERVAL_S)
 
     sampler = threading.Thread(target=sample)
@@ -82,7 +103,10 @@ def run(command: Sequence[str], env: dict[str, str] | None = None) -> Measuremen
         cgroup.rmdir()
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, command, stderr=errors)
-    return Measurement(wall, usage.ru_utime + usage.ru_stime, peak, cgroup_peak)
+    output.seek(0)
+    printed = output.read().decode(errors="replace")
+    peak = max((nbytes for _, nbytes in samples), default=0)
+    return Measurement(wall, usage.ru_utime + usage.ru_stime, peak, cgroup_peak, printed, tuple(samples))
 
 
 def _new_cgroup() -> tuple[Path, str] | None:
@@ -112,7 +136,14 @@ def warm_memory(nbytes: int) -> None:
 def interleave(
     jobs: dict[str, Callable[[], Sequence[str]]], rounds: int, warmups: int, say: Callable[[str], None]
 ) -> dict[str, Measurement]:
-    """Runs every job once per round, so that a drift of the machine meets all of them; returns medians.
+    """Medians of what :func:`repeat` measures."""
+    return {name: _median(values) for name, values in repeat(jobs, rounds, warmups, say).items()}
+
+
+def repeat(
+    jobs: dict[str, Callable[[], Sequence[str]]], rounds: int, warmups: int, say: Callable[[str], None]
+) -> dict[str, list[Measurement]]:
+    """Runs every job once per round, so that a drift of the machine meets all of them.
 
     The order is another one in each round: what a job leaves behind must not always meet the same next one. A job makes
     its command anew each time, cleaning up what the last run left.
@@ -127,7 +158,7 @@ def interleave(
             )
             if number >= warmups:
                 samples[name].append(measured)
-    return {name: _median(values) for name, values in samples.items()}
+    return samples
 
 
 def _median(values: list[Measurement]) -> Measurement:
