@@ -364,8 +364,9 @@ class _Loading:
         ]
 
     def _array(self, array: _Array, shards: list[jax.Array]) -> jax.Array:
-        if array.sharding is None or isinstance(array.sharding, SingleDeviceSharding):
+        if array.sharding is None:
             return shards[0]
+        # Without a shard for this process, too: the dtype says what the others hold.
         return jax.make_array_from_single_device_arrays(
             array.source.shape, array.sharding, shards, dtype=array.source.dtype
         )

@@ -340,7 +340,6 @@ def test_a_process_reads_nothing_of_what_lies_on_the_devices_of_others(
         }
 
 
-@pytest.mark.xfail(strict=True, reason="IndexError in the process that does not have the device")
 def test_a_device_of_one_process_may_be_named_in_all(file: Path, tmp_path: Path) -> None:
     jobs = [job(file, {"include": "norm"}, device=7)]
     (first,), (second,) = run_workers(tmp_path / "run", 2, jobs)
