@@ -431,6 +431,7 @@ struct LoadScratch<'a> {
 impl<'a> Job for LoadJob<'a> {
     type Scratch = LoadScratch<'a>;
     type State = Counts;
+    const IN_ORDER: bool = false;
 
     fn chunks(&self, item: usize) -> Chunks {
         let group = &self.groups[item];

@@ -156,6 +156,8 @@ pub trait Job: Sync {
     type Scratch;
     /// What is known of an item between its first and its last chunk.
     type State: Send;
+    /// Chunks of an item are committed in their order. False where that does not matter: nobody waits for a turn.
+    const IN_ORDER: bool = true;
 
     /// The chunks of an item.
     fn chunks(&self, item: usize) -> Chunks;
@@ -165,7 +167,7 @@ pub trait Job: Sync {
     fn begin(&self, item: usize) -> Self::State;
     /// Handles a chunk; runs beside any other chunk.
     fn process(&self, chunk: &Chunk, scratch: &mut Self::Scratch) -> Result<()>;
-    /// Takes in what `process` left in `scratch`; within an item, runs in the order of the chunks.
+    /// Takes in what `process` left in `scratch`; within an item, one at a time and if so wanted in order.
     fn commit(&self, chunk: &Chunk, scratch: &mut Self::Scratch, state: &mut Self::State) -> Result<()>;
     /// All chunks of an item are committed.
     fn finish(&self, item: usize, state: Self::State) -> Result<()>;
@@ -243,12 +245,14 @@ struct Queue<I, S> {
 
 /// An item in work. Its gate lets its chunks commit in order.
 struct Begun<S> {
+    /// Number of its chunks.
+    count: u64,
     chunks: Mutex<Chunks>,
     gate: Mutex<Gate<S>>,
     moved: Condvar,
 }
 
-/// Which chunk may commit next, and what the item's state is; None before the first commit.
+/// How many chunks are committed (in order, the next one's number), and the item's state; None before the first commit.
 struct Gate<S> {
     next: u64,
     state: Option<S>,
@@ -256,7 +260,12 @@ struct Gate<S> {
 
 impl<S> Begun<S> {
     fn new(chunks: Chunks) -> Self {
-        Self { chunks: Mutex::new(chunks), gate: Mutex::new(Gate { next: 0, state: None }), moved: Condvar::new() }
+        Self {
+            count: chunks.count,
+            chunks: Mutex::new(chunks),
+            gate: Mutex::new(Gate { next: 0, state: None }),
+            moved: Condvar::new(),
+        }
     }
 
     fn next_chunk(&self) -> Option<Chunk> {
@@ -326,7 +335,7 @@ impl<J: Job, I: Iterator<Item = usize>> Shared<'_, J, I> {
         progress: &Progress<'_>,
     ) -> Result<bool> {
         let mut gate = lock(&item.gate);
-        while gate.next != chunk.sequence {
+        while J::IN_ORDER && gate.next != chunk.sequence {
             if self.stop.load(Ordering::Relaxed) {
                 return Ok(false);
             }
@@ -334,7 +343,7 @@ impl<J: Job, I: Iterator<Item = usize>> Shared<'_, J, I> {
         }
         self.job.commit(chunk, scratch, gate.state.get_or_insert_with(|| self.job.begin(chunk.item)))?;
         gate.next += 1;
-        let finished = if chunk.ends_item { gate.state.take() } else { None };
+        let finished = if gate.next == item.count { gate.state.take() } else { None };
         drop(gate);
         item.moved.notify_all();
         if let Some(finished) = finished {
