@@ -1,0 +1,133 @@
+"""The Python blocks of the documentation run as they stand, and print what the text blocks behind them say.
+
+The blocks of a page run from top to bottom in one namespace, in a process of their own, in a temporary folder with the
+checkpoints that the pages name, with warnings as errors. A block behind `<!-- not run: reason -->` is skipped.
+"""
+
+import dataclasses
+import doctest
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Pages, and the devices that JAX has there.
+PAGES = {"README.md": 2, "docs/loading.md": 8}
+
+TIMEOUT_S = 300
+"""For pages that take some ten seconds."""
+
+# Arguments: a file with blocks as JSON, a file for what came of each: what it printed and, if it failed, its traceback.
+# Blocks behind one that failed are not run.
+RUNNER = """
+import contextlib, io, json, sys, traceback
+from pathlib import Path
+results, namespace = [], {"__name__": "__main__"}
+for block in json.loads(Path(sys.argv[1]).read_text("utf-8")):
+    printed, fault = io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block["code"], block["file"], "exec"), namespace)
+    except Exception:
+        fault = traceback.format_exc()
+    results.append({"printed": printed.getvalue(), "fault": fault})
+    if fault:
+        break
+Path(sys.argv[2]).write_text(json.dumps(results), "utf-8")
+"""
+
+FENCED = re.compile(
+    r"(?:<!-- not run: (?P<skip>[^\n]*?) -->\n)?```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<printed>.*?)```\n)?",
+    re.DOTALL,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A Python block of a page; `printed` is what the page says that it prints."""
+
+    page: str
+    line: int
+    code: str
+    printed: str | None
+    skip: str | None
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks_of(page: str) -> list[Block]:
+    text = (ROOT / page).read_text("utf-8")
+    return [
+        Block(page, text.count("\n", 0, match.start("code")), match["code"], match["printed"], match["skip"])
+        for match in FENCED.finditer(text)
+    ]
+
+
+BLOCKS = [block for page in PAGES for block in blocks_of(page)]
+
+
+@pytest.fixture(scope="module")
+def results(tiny: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, list[dict[str, str]]]:
+    """By page, what each of its blocks printed and how it failed; none for blocks that were not reached."""
+    return {page: run(page, tiny, minilm, tmp_path_factory.mktemp("page")) for page in PAGES}
+
+
+def run(page: str, tiny: Path, minilm: Path, folder: Path) -> list[dict[str, str]]:
+    for name, source in {"gpt-oss-20b": tiny, "gpt-oss-tiny": tiny, "all-MiniLM-L6-v2": minilm}.items():
+        (folder / name).symlink_to(source, target_is_directory=True)
+    to_run = [
+        {"file": str(ROOT / page), "code": "\n" * block.line + block.code}
+        for block in blocks_of(page)
+        if block.skip is None
+    ]
+    (folder / "blocks.json").write_text(json.dumps(to_run), "utf-8")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(PAGES[page])}
+    command = [sys.executable, "-W", "error", "-c", RUNNER, "blocks.json", "results.json"]
+    job = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert job.returncode == 0, job.stderr
+    results: list[dict[str, str]] = json.loads((folder / "results.json").read_text("utf-8"))
+    return results
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_the_block_runs_and_prints_what_the_page_says(
+    block: Block, results: Mapping[str, list[dict[str, str]]]
+) -> None:
+    if block.skip is not None:
+        pytest.skip(block.skip)
+    before = [other for other in BLOCKS if other.page == block.page and other.line < block.line and other.skip is None]
+    assert len(results[block.page]) > len(before), "a block before it failed"
+    result = results[block.page][len(before)]
+    assert result["fault"] is None, result["fault"]
+    if block.printed is not None:
+        options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        is_same = doctest.OutputChecker().check_output(block.printed, result["printed"], options)
+        assert is_same, f"printed:\n{result['printed']}expected:\n{block.printed}"
+
+
+def test_every_python_block_of_the_pages_is_found() -> None:
+    for page in PAGES:
+        assert (
+            len(blocks_of(page)) == len(re.findall(r"^```python$", (ROOT / page).read_text("utf-8"), re.MULTILINE)) > 0
+        )
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    for page in pages:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text("utf-8")):
+            linked = page.parent / target if target else page
+            assert linked.exists(), f"{page.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
+                assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
