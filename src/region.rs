@@ -27,9 +27,9 @@ fn length(range: &Range<u64>) -> u64 {
 /// The region to read for `region` of a tensor of this `shape`: itself, or more where its runs lie so close together that
 /// what is between them is read along, and always whole units of `unit_elems` elements.
 ///
-/// Runs lie close when at most `gap_elems` elements are between them: then one long read is cheaper than many short ones.
+/// `is_short` says so of the elements of a run and of the gap behind it.
 #[must_use]
-pub fn cover(shape: &[u64], region: &[Range<u64>], unit_elems: u64, gap_elems: u64) -> Region {
+pub fn cover(shape: &[u64], region: &[Range<u64>], unit_elems: u64, is_short: impl Fn(u64, u64) -> bool) -> Region {
     let mut cover = region.to_vec();
     let Some(last) = cover.last_mut() else { return cover };
     if !shape.last().expect("as long as the region").is_multiple_of(unit_elems) {
@@ -40,8 +40,9 @@ pub fn cover(shape: &[u64], region: &[Range<u64>], unit_elems: u64, gap_elems: u
     let mut stride = 1;
     for axis in (1..shape.len()).rev() {
         let runs: u64 = cover[..axis].iter().map(length).product();
-        let gap = (shape[axis] - length(&cover[axis])) * stride;
-        if gap > gap_elems || runs <= 1 {
+        let run = length(&cover[axis]) * stride;
+        let gap = shape[axis] * stride - run;
+        if gap > 0 && !is_short(run, gap) || runs <= 1 {
             break;
         }
         cover[axis] = 0..shape[axis];
@@ -194,7 +195,7 @@ mod tests {
             (outer, inner) in nested(), unit in prop::sample::select(vec![1u64, 2, 3, 32]), gap in 0u64..30,
         ) {
             let shape: Vec<_> = outer.iter().map(|range| range.end * 3).collect();
-            let cover = cover(&shape, &inner, unit, gap);
+            let cover = cover(&shape, &inner, unit, |_, between| between <= gap);
             for ((cover, inner), dim) in cover.iter().zip(&inner).zip(&shape) {
                 prop_assert!(cover.start <= inner.start && inner.end <= cover.end && cover.end <= *dim);
             }
@@ -208,18 +209,26 @@ mod tests {
     #[test]
     fn short_gaps_are_read_along_and_long_ones_are_not() {
         let columns = [0..6, 2..4];
-        assert_eq!(cover(&[6, 10], &columns, 1, 7), columns);
-        assert_eq!(cover(&[6, 10], &columns, 1, 8), [0..6, 0..10]);
+        let cover =
+            |shape: &[u64], region: &[Range<u64>], longest| super::cover(shape, region, 1, |_, gap| gap <= longest);
+        assert_eq!(cover(&[6, 10], &columns, 7), columns);
+        assert_eq!(cover(&[6, 10], &columns, 8), [0..6, 0..10]);
         // One run has nothing between its pieces.
-        assert_eq!(cover(&[6, 10], &[3..4, 2..4], 1, 100), [3..4, 2..4]);
+        assert_eq!(cover(&[6, 10], &[3..4, 2..4], 100), [3..4, 2..4]);
         // Gaps between the runs of an outer axis are as long as what they leave out.
-        assert_eq!(cover(&[5, 6, 10], &[0..5, 1..3, 0..10], 1, 39), [0..5, 1..3, 0..10]);
-        assert_eq!(cover(&[5, 6, 10], &[0..5, 1..3, 0..10], 1, 40), [0..5, 0..6, 0..10]);
+        assert_eq!(cover(&[5, 6, 10], &[0..5, 1..3, 0..10], 39), [0..5, 1..3, 0..10]);
+        assert_eq!(cover(&[5, 6, 10], &[0..5, 1..3, 0..10], 40), [0..5, 0..6, 0..10]);
+        // What is asked: a run, and the gap behind it.
+        let _ = super::cover(&[6, 10], &columns, 1, |run, gap| {
+            assert_eq!((run, gap), (2, 8));
+            false
+        });
     }
 
     #[test]
     fn units_that_cross_rows_are_read_whole() {
-        assert_eq!(cover(&[4, 5], &[1..2, 0..5], 2, 0), [0..4, 0..5]);
-        assert_eq!(cover(&[4, 6], &[1..2, 1..5], 2, 0), [1..2, 0..6]);
+        let never = |_, _| false;
+        assert_eq!(cover(&[4, 5], &[1..2, 0..5], 2, never), [0..4, 0..5]);
+        assert_eq!(cover(&[4, 6], &[1..2, 1..5], 2, never), [1..2, 0..6]);
     }
 }

@@ -93,16 +93,30 @@ def _checked(leaf: Leaf, sharding: Any) -> Sharding | None:
         return SingleDeviceSharding(sharding)
     if not isinstance(sharding, Sharding):
         raise TypeError(f"sharding: found {sharding!r} for {leaf.name!r}, expected a Sharding or a device")
+    placed = _concrete(leaf, sharding)
     for array in leaf.arrays:
         try:
-            sharding.shard_shape(array.shape)
+            placed.shard_shape(array.shape)
         # IndexError: a specification of more axes than the array has.
         except (IndexError, ValueError) as fault:
             found = f"MXFP4 {list(leaf.shape)} in blocks of 32" if leaf.is_mxfp4 else str(list(leaf.shape))
             raise MappingError(
-                f"{leaf.name}: found {found} under {_described(sharding)}, expected axes that it divides evenly"
+                f"{leaf.name}: found {found} under {_described(placed)}, expected axes that it divides evenly"
             ) from fault
-    return sharding
+    return placed
+
+
+def _concrete(leaf: Leaf, sharding: Sharding) -> Sharding:
+    """The sharding on devices: an abstract mesh stands for the mesh in force (`jax.set_mesh`), if that has its axes."""
+    if not isinstance(sharding, NamedSharding) or isinstance(sharding.mesh, Mesh):
+        return sharding
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or mesh.abstract_mesh != sharding.mesh:
+        raise MappingError(
+            f"{leaf.name}: found an abstract mesh {dict(sharding.mesh.shape)}, expected devices: that mesh in force "
+            "(jax.set_mesh), or a sharding over a Mesh"
+        )
+    return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
 def _described(sharding: Sharding) -> str:

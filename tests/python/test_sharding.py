@@ -197,6 +197,16 @@ def test_shardings_that_are_none_are_refused(  # noqa: PLR0917
         tensorport.load_params(source, sharding=sharding, mesh=mesh if has_mesh else None)
 
 
+def test_an_abstract_mesh_stands_for_the_one_in_force(source: Path, mesh: Mesh) -> None:
+    rules = [("embed", P("x")), ("", P())]
+    abstract = mesh.abstract_mesh
+    with pytest.raises(tensorport.MappingError, match=r"embed\.w: found an abstract mesh"):
+        tensorport.load_params(source, sharding=rules, mesh=abstract)
+    with jax.set_mesh(mesh):
+        params = tensorport.load_params(source, sharding=rules, mesh=abstract, nested=False)
+    assert_sharded(params["embed.w"], model_tensors()["embed.w"], NamedSharding(mesh, P("x")))
+
+
 def test_casts_and_decodes_are_sharded_too(tmp_path: Path, golden_hf: Path, mesh: Mesh) -> None:
     def choose(_: str, struct: jax.ShapeDtypeStruct) -> NamedSharding:
         # Every axis that four or two divide, the last one above all: decoded, it need not be split between blocks.

@@ -59,6 +59,7 @@ fn checkpoint(place: &Place) -> Checkpoint {
     let path = place.at("tensors.safetensors");
     let tensors = [
         tensor("wide", Dtype::BF16, WIDE),
+        tensor("narrow", Dtype::U8, &[7, 8192]),
         tensor("x_blocks", Dtype::U8, BLOCKS),
         tensor("x_scales", Dtype::U8, &BLOCKS[..3]),
         tensor("odd", Dtype::F4, ODD),
@@ -126,10 +127,15 @@ proptest! {
 fn only_what_regions_cover_is_read() {
     let place = Place::new();
     let checkpoint = checkpoint(&place);
-    let bytes_read = |regions: &[Region]| {
-        let request = Request::new(&checkpoint, &names(&["wide"]), Conversion::None, regions.to_vec()).unwrap();
+    let bytes_read_of = |name: &str, regions: &[Region]| {
+        let request = Request::new(&checkpoint, &names(&[name]), Conversion::None, regions.to_vec()).unwrap();
         read(&checkpoint, &[request], workers(2)).bytes_read
     };
+    let bytes_read = |regions: &[Region]| bytes_read_of("wide", regions);
+    // A gap of a page is read along whatever the run, a longer one only if it is at most three times the run.
+    assert_eq!(bytes_read_of("narrow", &[vec![0..7, 0..4096]]), 7 * 8192);
+    assert_eq!(bytes_read_of("narrow", &[vec![0..7, 0..2048]]), 7 * 8192);
+    assert_eq!(bytes_read_of("narrow", &[vec![0..7, 0..2047]]), 7 * 2047);
     // A leading axis: just the bytes. A last axis whose gaps are long: just the bytes.
     assert_eq!(bytes_read(&[vec![1..2, 0..5, 0..40_000]]), 5 * 40_000 * 2);
     assert_eq!(bytes_read(&[vec![0..3, 0..5, 0..20_000]]), 3 * 5 * 20_000 * 2);

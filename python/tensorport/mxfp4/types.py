@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax import export
 
 from tensorport.reports import human_bytes
 
@@ -202,3 +203,9 @@ def _unflatten(_: None, leaves: Iterable[Any]) -> MXFP4Array:
 
 
 jax.tree_util.register_pytree_with_keys(MXFP4Array, _flatten_with_keys, _unflatten, _flatten)
+export.register_pytree_node_serialization(
+    MXFP4Array,
+    serialized_name="tensorport.mxfp4.MXFP4Array",
+    serialize_auxdata=lambda _: b"",
+    deserialize_auxdata=lambda _: None,
+)
