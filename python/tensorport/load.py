@@ -356,6 +356,8 @@ class _Loading:
         shards = [(buffer, next(put_free if target is None else put_placed)) for buffer, target in pieces]
         for buffer, shard in shards:
             self._count(buffer, shard)
+        # Only now: several devices may have got one buffer.
+        for buffer, _ in shards:
             buffer.data = None
         rest = iter(shard for _, shard in shards)
         return [

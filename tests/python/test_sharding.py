@@ -240,6 +240,19 @@ def test_float4_is_sharded_between_the_halves_of_a_byte(
         assert np.asarray(shard.data).tobytes() == np.ascontiguousarray(codes[shard.index]).tobytes()
 
 
+def test_what_jax_copies_may_be_replicated(tmp_path: Path, mesh: Mesh, write_safetensors: Callable[..., Path]) -> None:
+    # JAX on CPU shares neither float4 nor misaligned memory: one buffer is copied to several devices.
+    codes = np.random.default_rng(5).integers(0, 256, 8, np.uint8)
+    tensors = {"f4": ("F4", (16,), codes.tobytes()), "w": random_array((4, 6), np.float32, 1)}
+    path = write_safetensors(tmp_path / "m.safetensors", tensors)
+    sharding = NamedSharding(mesh, P("x"))
+    params, report = tensorport.load_params(path, sharding=sharding, io="map", return_report=True)
+    expected = np.stack([codes & 15, codes >> 4], -1).reshape(16).view(ml_dtypes.float4_e2m1fn)
+    assert_sharded(params["f4"], expected, sharding)
+    assert_sharded(params["w"], tensors["w"], sharding)
+    assert report.reasons == {"converted": 4}
+
+
 def test_shapes_carry_their_shardings(source: Path, mesh: Mesh) -> None:
     shapes = tensorport.load_params_shapes(source, sharding=RULES, mesh=mesh)
     assert shapes["embed"]["w"].sharding == NamedSharding(mesh, P("x", "y"))
