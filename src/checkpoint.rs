@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::Metadata;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::UNIX_EPOCH;
 
 use safetensors::Dtype;
@@ -66,6 +66,7 @@ pub struct SourceFile {
     /// Its modification time when it was opened, in nanoseconds since 1970.
     pub modified_ns: u128,
     mapping: Mutex<Weak<Mapping>>,
+    is_remote: OnceLock<bool>,
 }
 
 /// What identifies one file of a source.
@@ -328,8 +329,14 @@ impl SourceFile {
     }
 
     /// Whether the file lies on a filesystem behind a network or a user's process, where page faults are slow.
+    ///
+    /// The system is asked once: behind a network every answer is a round trip.
     pub fn is_remote(&self) -> Result<bool> {
-        system::is_remote(&self.path).map_err(|fault| Error::io(&self.path, fault))
+        if let Some(&is_remote) = self.is_remote.get() {
+            return Ok(is_remote);
+        }
+        let is_remote = system::is_remote(&self.path).map_err(|fault| Error::io(&self.path, fault))?;
+        Ok(*self.is_remote.get_or_init(|| is_remote))
     }
 
     /// Opens the file for positioned reads, and makes sure that it is still the one that was validated.
@@ -372,7 +379,14 @@ impl Builder {
         // Absolute, so that a later change of the working directory changes nothing.
         let path = std::path::absolute(path).map_err(|fault| Error::io(path, fault))?;
         let (nbytes, modified_ns) = (stat.len(), modified_ns(stat));
-        self.files.push(SourceFile { path, name, nbytes, modified_ns, mapping: Mutex::default() });
+        self.files.push(SourceFile {
+            path,
+            name,
+            nbytes,
+            modified_ns,
+            mapping: Mutex::default(),
+            is_remote: OnceLock::new(),
+        });
         Ok(self.files.len() - 1)
     }
 

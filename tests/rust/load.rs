@@ -246,3 +246,13 @@ fn an_edited_file_is_noticed_and_the_observer_stops_the_job() {
     let fault = load(&checkpoint, &request, OnOverflow::Error, workers(1), &pool, &mut progress::ignore).unwrap_err();
     assert!(fault.to_string().contains("as it was opened"), "{fault}");
 }
+
+#[test]
+fn the_system_is_asked_once_where_a_file_lies() {
+    let place = Place::new();
+    let checkpoint = checkpoint(&place);
+    let file = &checkpoint.files()[0];
+    let is_remote = file.is_remote().unwrap();
+    std::fs::remove_file(&file.path).unwrap();
+    assert_eq!(file.is_remote().unwrap(), is_remote);
+}
