@@ -270,7 +270,7 @@ impl Layout {
         let mut shared: Option<usize> = None;
         let limit = to_usize(SHARED_ARENA_BYTES);
         let mut place = |nbytes: usize| {
-            let padded = nbytes.next_multiple_of(to_usize(ALIGNMENT));
+            let padded = nbytes.checked_next_multiple_of(to_usize(ALIGNMENT)).unwrap_or(usize::MAX);
             if padded >= limit {
                 arenas.push(padded);
                 return Slot { arena: arenas.len() - 1, offset: 0, nbytes };
@@ -289,7 +289,9 @@ impl Layout {
         let slots = requests
             .iter()
             .map(|request| {
-                let nbytes = |region: &Region| to_usize(region::elements(region) * request.element_bytes());
+                // Decoded, a sparse file can be larger than the address space: its memory is then refused.
+                let nbytes =
+                    |region: &Region| to_usize(region::elements(region).saturating_mul(request.element_bytes()));
                 request.regions.iter().map(|region| place(nbytes(region))).collect()
             })
             .collect();
@@ -491,4 +493,21 @@ impl<'a> Job for LoadJob<'a> {
 /// A size of memory; what does not fit the address space was refused when its memory was asked for.
 fn to_usize(nbytes: u64) -> usize {
     usize::try_from(nbytes).unwrap_or(usize::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_beyond_the_address_space_is_asked_for_and_not_wrapped_around() {
+        let transform = Transform::Dequantize { to: Target::F32 };
+        // 2^61 bytes of blocks, which a sparse file can declare: 2^64 bytes of float32.
+        let shape = vec![1 << 62];
+        let regions = vec![region::whole(&shape)];
+        let request = Request { name: "w".into(), shape, dtype: Dtype::F32, transform, sources: vec![0, 1], regions };
+        let layout = Layout::new(&[request]);
+        assert_eq!(layout.arenas, [usize::MAX]);
+        assert!(Arena::new(layout.arenas[0]).is_err());
+    }
 }
