@@ -272,6 +272,10 @@ class _Loading:
         self._default = _default_device()
         self._buffers = [buffer for array in self._arrays for buffer in array.buffers]
         reader.choose(self._buffers, io, self._is_host)
+        self._nbytes = sum(array.nbytes for array in self._arrays)
+        # What was filled so far.
+        self._arrays_filled = 0
+        self._bytes_filled = 0
         # By identity: buffers whose memory JAX uses as it is.
         self._shared: set[int] = set()
 
@@ -291,27 +295,28 @@ class _Loading:
             arrays = self._stream(callback)
         jax.block_until_ready(arrays)
         if callback is not None:
-            total = sum(buffer.nbytes for buffer in self._buffers)
             name = self._arrays[-1].source.names[0] if self._arrays else ""
-            callback("load", total, total, len(self._arrays), len(self._arrays), name)
+            callback("load", self._nbytes, self._nbytes, len(self._arrays), len(self._arrays), name)
         rest = iter(arrays)
         values = [leaf.build([next(rest) for _ in leaf.arrays]) for leaf in self._plan.leaves]
         return values, self._report()
 
     def _fill(self, batch: list[_Array], callback: _Callback | None) -> None:
+        """Fills one batch after the other, in their order."""
         self._reader.fill([buffer for array in batch for buffer in array.buffers], self._within(batch, callback))
+        self._arrays_filled += len(batch)
+        self._bytes_filled += sum(array.nbytes for array in batch)
 
     def _within(self, batch: list[_Array], callback: _Callback | None) -> _Callback | None:
         """A callback that counts within a batch, as one that counts within all."""
         if callback is None:
             return None
-        first = next((index for index, array in enumerate(self._arrays) if array is batch[0]), 0)
-        before = sum(array.nbytes for array in self._arrays[:first])
-        total = sum(array.nbytes for array in self._arrays)
+        first, before = self._arrays_filled, self._bytes_filled
 
-        def count(phase: str, bytes_done: int, _: int, tensors_done: int, __: int, tensor: str) -> None:
-            done = min(tensors_done, len(batch))
-            callback(phase, before + bytes_done, total, first + done, len(self._arrays), tensor)
+        def count(phase: str, bytes_done: int, _: int, done: int, total: int, tensor: str) -> None:
+            # What is read together is counted there: one of several parts of an array, and none that is mapped.
+            arrays = first + len(batch) * done // max(total, 1)
+            callback(phase, before + bytes_done, self._nbytes, arrays, len(self._arrays), tensor)
 
         return count
 
@@ -331,11 +336,14 @@ class _Loading:
     def _batches(self) -> Iterator[list[_Array]]:
         """Neighbouring arrays, together no larger than a batch unless there is only one."""
         batch: list[_Array] = []
+        held = 0
         for array in self._arrays:
-            if batch and sum(other.nbytes for other in batch) + array.nbytes > _BATCH_BYTES:
+            nbytes = array.nbytes
+            if batch and held + nbytes > _BATCH_BYTES:
                 yield batch
-                batch = []
+                batch, held = [], 0
             batch.append(array)
+            held += nbytes
         if batch:
             yield batch
 
@@ -385,7 +393,7 @@ class _Loading:
         reasons = collections.Counter(buffer.reason for buffer in self._buffers if buffer.reason is not None)
         return LoadReport(
             tensors=len(self._plan.leaves),
-            nbytes=sum(buffer.nbytes for buffer in self._buffers),
+            nbytes=self._nbytes,
             mapped_bytes=sum(buffer.nbytes for buffer in mapped),
             shared_bytes=sum(buffer.nbytes for buffer in self._buffers if id(buffer) in self._shared),
             bytes_read=self._reader.bytes_read,

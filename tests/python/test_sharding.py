@@ -15,6 +15,7 @@ from arrays import assert_same, random_array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tensorport import _core, load
 from tensorport.mxfp4 import MXFP4Array
+from tensorport.streaming import Callback
 
 P = PartitionSpec
 
@@ -284,3 +285,44 @@ def test_batches_on_their_way_to_an_accelerator_arrive_whole(
     monkeypatch.setattr(load._Loading, "_deliver", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tensorport.load_params(source)
+
+
+def test_batches_are_made_in_one_pass(
+    tmp_path: Path, write_safetensors: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Mixtures of experts have tens of thousands of tensors: nothing may count all of them again for each.
+    monkeypatch.setattr(load._Loading, "_is_host", lambda *_: False)
+    monkeypatch.setattr(load, "_BATCH_BYTES", 50)
+    counted = 0
+    nbytes = load._Array.nbytes.fget  # type: ignore[attr-defined]
+
+    def count(array: Any) -> Any:
+        nonlocal counted
+        counted += 1
+        return nbytes(array)
+
+    monkeypatch.setattr(load._Array, "nbytes", property(count))
+    tensors = {f"w{number}": np.array([number], np.int16) for number in range(600)}
+    path = write_safetensors(tmp_path / "m.safetensors", tensors)
+    assert_same(tensorport.load_params(path, progress=lambda _: None), tensors)
+    assert counted <= 20 * len(tensors)
+
+
+def test_tensors_are_done_when_all_their_parts_are(
+    tmp_path: Path, mesh: Mesh, write_safetensors: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {name: random_array((4, 64), np.uint8, 1) for name in "abcdef"}
+    path = write_safetensors(tmp_path / "m.safetensors", tensors)
+    fill = load.Reader.fill
+
+    def report_parts(reader: Any, buffers: Any, callback: Callback) -> None:
+        # Eight columns of each tensor are read as items of their own; two tensors are whole, a third one begun.
+        callback("load", 0, 0, 20, 48, "c")
+        fill(reader, buffers, callback)
+
+    monkeypatch.setattr(load.Reader, "fill", report_parts)
+    events: list[tensorport.ProgressEvent] = []
+    sharding = NamedSharding(mesh, P(None, ("x", "y")))
+    tensorport.load_params(path, sharding=sharding, io="read", progress=events.append)
+    assert (events[0].tensors_done, events[0].tensors_total) == (2, 6)
+    assert (events[-1].tensors_done, events[-1].tensors_total) == (6, 6)
