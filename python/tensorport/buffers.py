@@ -109,9 +109,11 @@ class Reader:
             self.bytes_read += bytes_read
             for group, (arrays, overflow, underflow) in zip(batch, results, strict=True):
                 name = group[0].source.names[0]
-                # Unary plus would drop zeros: only tensors that lost something are listed.
-                self.overflow += Counter({name: overflow})
-                self.underflow += Counter({name: underflow})
+                # Only tensors that lost something are listed.
+                if overflow:
+                    self.overflow[name] += overflow
+                if underflow:
+                    self.underflow[name] += underflow
                 for buffer, array in zip(group, arrays, strict=True):
                     buffer.data = array.view(buffer.source.dtype).reshape(buffer.shape)
         for buffer in buffers:
