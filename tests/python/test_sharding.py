@@ -13,7 +13,7 @@ import pytest
 import tensorport
 from arrays import assert_same, random_array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from tensorport import _core, load
+from tensorport import _core, buffers, load
 from tensorport.mxfp4 import MXFP4Array
 from tensorport.streaming import Callback
 
@@ -244,13 +244,13 @@ def test_float4_is_sharded_between_the_halves_of_a_byte(
 def test_what_jax_copies_may_be_replicated(tmp_path: Path, mesh: Mesh, write_safetensors: Callable[..., Path]) -> None:
     # JAX on CPU shares neither float4 nor misaligned memory: one buffer is copied to several devices.
     codes = np.random.default_rng(5).integers(0, 256, 8, np.uint8)
-    tensors = {"f4": ("F4", (16,), codes.tobytes()), "w": random_array((4, 6), np.float32, 1)}
-    path = write_safetensors(tmp_path / "m.safetensors", tensors)
+    plain = random_array((4, 6), np.float32, 1)
+    path = write_safetensors(tmp_path / "m.safetensors", {"f4": ("F4", (16,), codes.tobytes()), "w": plain})
     sharding = NamedSharding(mesh, P("x"))
     params, report = tensorport.load_params(path, sharding=sharding, io="map", return_report=True)
     expected = np.stack([codes & 15, codes >> 4], -1).reshape(16).view(ml_dtypes.float4_e2m1fn)
     assert_sharded(params["f4"], expected, sharding)
-    assert_sharded(params["w"], tensors["w"], sharding)
+    assert_sharded(params["w"], plain, sharding)
     assert report.reasons == {"converted": 4}
 
 
@@ -313,14 +313,14 @@ def test_tensors_are_done_when_all_their_parts_are(
 ) -> None:
     tensors = {name: random_array((4, 64), np.uint8, 1) for name in "abcdef"}
     path = write_safetensors(tmp_path / "m.safetensors", tensors)
-    fill = load.Reader.fill
+    fill = buffers.Reader.fill
 
     def report_parts(reader: Any, buffers: Any, callback: Callback) -> None:
         # Eight columns of each tensor are read as items of their own; two tensors are whole, a third one begun.
         callback("load", 0, 0, 20, 48, "c")
         fill(reader, buffers, callback)
 
-    monkeypatch.setattr(load.Reader, "fill", report_parts)
+    monkeypatch.setattr(buffers.Reader, "fill", report_parts)
     events: list[tensorport.ProgressEvent] = []
     sharding = NamedSharding(mesh, P(None, ("x", "y")))
     tensorport.load_params(path, sharding=sharding, io="read", progress=events.append)
