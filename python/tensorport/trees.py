@@ -96,6 +96,8 @@ class Target:
 
         def choose(name: str, _: jax.ShapeDtypeStruct) -> Any:
             leaf = wanted[name]
+            if isinstance(leaf, MXFP4Array):
+                leaf = leaf.scales
             is_free = isinstance(leaf, jax.Array) and not leaf.committed
             return None if is_free else getattr(leaf, "sharding", None)
 

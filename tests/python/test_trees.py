@@ -178,3 +178,15 @@ def test_an_nnx_state_is_filled(tmp_path: Path, write_safetensors: Callable[...,
         np.testing.assert_array_equal(model.blocks[0].kernel[...], weights["model.blocks.0.kernel"])
     with pytest.raises(tensorport.MappingError, match=re.escape("first.kernel: found no such tensor")):
         tensorport.load_params(path, target=nnx.state(model, nnx.Param))
+
+
+def test_free_leaves_of_an_mxfp4_target_stay_free(source: Path) -> None:
+    filled = tensorport.load_params(
+        source, target=target() | {"w": MXFP4Array(jnp.zeros((5, 2, 16), jnp.uint8), jnp.zeros((5, 2), jnp.uint8))}
+    )
+    assert not filled["w"].blocks.committed
+    device = jax.devices()[3]
+    placed = jax.device_put(MXFP4Array(jnp.zeros((5, 2, 16), jnp.uint8), jnp.zeros((5, 2), jnp.uint8)), device)
+    filled = tensorport.load_params(source, target=target() | {"w": placed})
+    assert filled["w"].scales.committed
+    assert filled["w"].scales.devices() == {device}
