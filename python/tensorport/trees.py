@@ -20,14 +20,28 @@ def refuse_prefixes(names: Sequence[str]) -> None:
     Raises:
         MappingError: one name goes on where another ends, as `a.b` does beside `a`.
     """
-    leaves = set(names)
+    # One pass over the components: names are as long as a file wants them.
+    tree: dict[str, Any] = {}
     for name in names:
-        for end, character in enumerate(name):
-            if character == "." and name[:end] in leaves:
-                raise MappingError(
-                    f"found tensors {name[:end]!r} and {name!r}, expected no name that goes on where another ends "
-                    "(nested=False keeps names whole, rename changes them)"
-                )
+        *branches, last = name.split(".")
+        branch: Any = tree
+        for key in branches:
+            branch = branch.setdefault(key, {})
+            if isinstance(branch, str):
+                raise _meeting(branch, name)
+        if last in branch:
+            inner = branch[last]
+            while not isinstance(inner, str):
+                inner = next(iter(inner.values()))
+            raise _meeting(name, inner)
+        branch[last] = name
+
+
+def _meeting(name: str, longer: str) -> MappingError:
+    return MappingError(
+        f"found tensors {name!r} and {longer!r}, expected no name that goes on where another ends "
+        "(nested=False keeps names whole, rename changes them)"
+    )
 
 
 def nested_dict(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:

@@ -214,6 +214,9 @@ def test_a_name_that_goes_on_where_another_ends_is_refused(tmp_path: Path, write
     path = write_safetensors(tmp_path / "m.safetensors", tensors)
     with pytest.raises(tensorport.MappingError, match=r"'a' and 'a\.b\.c'.*nested=False"):
         tensorport.load_params(path)
+    other = write_safetensors(tmp_path / "other.safetensors", dict(reversed(tensors.items())))
+    with pytest.raises(tensorport.MappingError, match=r"'a' and 'a\.b\.c'.*nested=False"):
+        tensorport.load_params(other)
     assert_same(tensorport.load_params(path, nested=False), tensors)
     assert set(tensorport.load_params(path, rename={"a": "z"})) == {"a", "z"}
 
