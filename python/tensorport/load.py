@@ -140,9 +140,7 @@ def load_params(
         TypeError, ValueError: an argument is out of its range.
     """
     started = time.perf_counter()
-    workers = _positive("workers", workers)
-    on_overflow = _choice("on_overflow", on_overflow, ("error", "warn", "saturate"))  # type: ignore[assignment]
-    io = _choice("io", io, ("auto", "map", "read"))  # type: ignore[assignment]
+    workers = _checked_options(on_overflow, workers, io)
     plan = _plan(source, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested)
     for warning in plan.warnings:
         python_warnings.warn(warning, stacklevel=2)
@@ -167,15 +165,17 @@ def load_params_shapes(
     rename: Rename | None = None,
     target: Any = None,
     nested: bool = True,
-    on_overflow: Literal["error", "warn", "saturate"] = "error",  # noqa: ARG001 - the arguments of load_params
-    workers: int | None = None,  # noqa: ARG001
-    progress: Progress = False,  # noqa: ARG001
-    io: Literal["auto", "map", "read"] = "auto",  # noqa: ARG001
+    on_overflow: Literal["error", "warn", "saturate"] = "error",
+    workers: int | None = None,
+    progress: Progress = False,  # noqa: ARG001 - an argument of load_params
+    io: Literal["auto", "map", "read"] = "auto",
 ) -> Any:
     """The tree that :func:`load_params` would return, as jax.ShapeDtypeStructs; reads headers and no tensor data.
 
-    Takes the arguments of :func:`load_params`, and raises what it raises. ShapeDtypeStructs carry their shardings.
+    Takes the arguments of :func:`load_params` but `return_report`, and raises what it raises before it reads.
+    ShapeDtypeStructs carry their shardings.
     """
+    _checked_options(on_overflow, workers, io)
     plan = _plan(source, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested)
     for warning in plan.warnings:
         python_warnings.warn(warning, stacklevel=2)
@@ -184,6 +184,13 @@ def load_params_shapes(
         for leaf, sharding in zip(plan.leaves, plan.shardings, strict=True)
     ]
     return plan.assemble(structs)
+
+
+def _checked_options(on_overflow: str, workers: int | None, io: str) -> int | None:
+    """The number of workers; refuses what the options of reading cannot be."""
+    _choice("on_overflow", on_overflow, ("error", "warn", "saturate"))
+    _choice("io", io, ("auto", "map", "read"))
+    return _positive("workers", workers)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
