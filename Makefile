@@ -15,7 +15,7 @@ LIBPYTHON_DIR := $(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config
 RUST_SOURCES := $(shell find src -type f) Cargo.toml Cargo.lock pyproject.toml
 WHEEL_STAMP := dist/.built
 
-.PHONY: demo test test-rust test-python test-newest lint format bench clean
+.PHONY: demo test test-rust test-python test-newest lint format bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tensorport demo
@@ -70,6 +70,10 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON) --where $(BENCH_DISK) --sync --only tensorport --only numpy
 	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK)
 	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK) --cold --rounds 3 --warmups 1
+
+# Under two minutes on a GPU. BENCH_PYTHON: a Python whose jax drives it; another than the default needs no .venv here.
+bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
+	$(BENCH_PYTHON) benchmarks/gpu_ceiling.py
 
 clean:
 	rm -rf $(VENV) $(NEWEST_VENV) target dist
