@@ -1,6 +1,7 @@
 """What a checkpoint becomes in JAX: named leaves with their shapes and dtypes. Touches no tensor data and no device."""
 
 import dataclasses
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from tensorport import _core
 from tensorport.checkpoint import Checkpoint, TensorSpec
 from tensorport.errors import CheckpointError, MappingError
 from tensorport.mxfp4.types import MX_BLOCK_SIZE, MXFP4Array
+from tensorport.reports import printable
 
 __all__ = ["ArraySource", "Leaf", "Rename", "find_leaves", "renamed"]
 
@@ -104,8 +106,9 @@ def find_leaves(
     if missing:
         named = ", ".join(f"{leaf.name} ({leaf.dtype.name})" for leaf in missing)
         raise MappingError(
-            f"found dtypes that JAX cannot use: {named}, expected them in exclude= (open() has their bytes)"
+            f"found dtypes that JAX cannot use: {printable(named)}, expected them in exclude= (open() has their bytes)"
         )
+    _refuse_sizes(checkpoint, leaves)
     return leaves, _narrowed(checkpoint, leaves, dtype)
 
 
@@ -170,7 +173,7 @@ def _narrowed(checkpoint: Checkpoint, leaves: list[Leaf], dtype: np.dtype[Any] |
         return []
     return [
         "JAX holds 64-bit numbers only after jax.config.update('jax_enable_x64', True): loaded in 32 bits: "
-        + ", ".join(narrowed)
+        + printable(", ".join(narrowed))
     ]
 
 
@@ -193,7 +196,8 @@ def renamed(leaves: list[Leaf], rename: Rename | None) -> list[Leaf]:
         sources.setdefault(name, []).append(leaf.name)
     met = [f"{name} (from {', '.join(old)})" for name, old in sources.items() if len(old) > 1]
     if met:
-        raise MappingError(f"rename: found one name for several tensors: {'; '.join(met)}, expected a name for each")
+        told = printable("; ".join(met))
+        raise MappingError(f"rename: found one name for several tensors: {told}, expected a name for each")
     return [dataclasses.replace(leaf, name=name) for leaf, name in zip(leaves, new_names, strict=True)]
 
 
@@ -220,7 +224,12 @@ def _renamer(rename: Rename, names: set[str]) -> Callable[[str], str]:
 
     def apply(name: str) -> str:
         for pattern, replacement in rules:
-            name = pattern.sub(replacement, name)
+            try:
+                name = pattern.sub(replacement, name)
+            except re.error as fault:
+                raise ValueError(
+                    f"rename: found the replacement {replacement!r} ({fault}), expected one for {pattern.pattern!r}"
+                ) from fault
         return name
 
     return apply
@@ -233,6 +242,17 @@ def _refuse_duplicates(names: Iterator[str]) -> None:
             f"found {', '.join(map(repr, twice))} both as a tensor and as an MXFP4 pair, expected one of each name "
             '(mxfp4="raw" keeps the names of blocks and scales)'
         )
+
+
+def _refuse_sizes(checkpoint: Checkpoint, leaves: list[Leaf]) -> None:
+    """Refuses what neither NumPy nor JAX can hold: a wider dtype makes some sizes too large, also of empty arrays."""
+    for leaf in leaves:
+        for array in leaf.arrays:
+            if math.prod(size or 1 for size in array.shape) * array.dtype.itemsize >= 2**63:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor {array.names[0]!r}: found {array.dtype.name} {list(array.shape)}, "
+                    "expected a size below 2^63 bytes"
+                )
 
 
 def _told(globs: Sequence[str] | None) -> str:

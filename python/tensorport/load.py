@@ -21,7 +21,7 @@ from tensorport.checkpoint import Checkpoint
 from tensorport.convert import _choice, _globs, _positive
 from tensorport.leaves import ArraySource, Leaf, Rename, find_leaves, renamed
 from tensorport.progress import Progress, observe
-from tensorport.reports import LoadReport
+from tensorport.reports import LoadReport, printable
 from tensorport.sharding import ShardingLike, device_regions, place
 from tensorport.streaming import stream
 from tensorport.trees import Target, nested_dict, refuse_prefixes
@@ -148,7 +148,9 @@ def load_params(
     with observe(progress) as callback:
         values, report = _Loading(plan, reader, io).run(callback)
     for name, count in reader.overflow.items():
-        python_warnings.warn(f"{name}: {count} values overflowed (on_overflow={on_overflow!r})", stacklevel=2)
+        python_warnings.warn(
+            f"{printable(name)}: {count} values overflowed (on_overflow={on_overflow!r})", stacklevel=2
+        )
     params = plan.assemble(values)
     return (params, dataclasses.replace(report, seconds=time.perf_counter() - started)) if return_report else params
 

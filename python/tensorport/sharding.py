@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from tensorport.errors import MappingError
 from tensorport.leaves import ArraySource, Leaf
+from tensorport.reports import printable
 
 __all__ = ["Region", "ShardingLike", "device_regions", "place"]
 
@@ -39,7 +40,7 @@ def place(leaves: Sequence[Leaf], sharding: ShardingLike | None, mesh: Mesh | No
         except MappingError as fault:
             faults.append(str(fault))
     if faults:
-        raise MappingError("sharding does not fit:\n  " + "\n  ".join(faults))
+        raise MappingError("sharding does not fit:\n  " + "\n  ".join(map(printable, faults)))
     return shardings
 
 

@@ -10,6 +10,7 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from tensorport.errors import MappingError
 from tensorport.leaves import Leaf
 from tensorport.mxfp4.types import MXFP4Array
+from tensorport.reports import printable
 
 __all__ = ["Target", "nested_dict", "refuse_prefixes"]
 
@@ -102,7 +103,8 @@ class Target:
             if leaf.name not in wanted
         ]
         if faults:
-            raise MappingError(f"{len(faults)} mismatches with the target:\n  " + "\n  ".join(faults))
+            told = "\n  ".join(map(printable, faults))
+            raise MappingError(f"{len(faults)} mismatches with the target:\n  {told}")
 
     def shardings(self) -> Callable[[str, jax.ShapeDtypeStruct], Any]:
         """The shardings that the target's own leaves say: those of ShapeDtypeStructs, and of committed arrays."""

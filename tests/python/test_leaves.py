@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tensorport
 from arrays import assert_same, random_array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from tensorport.mxfp4 import MXFP4Array
 
 Write = Callable[..., Path]
@@ -248,6 +249,7 @@ def test_names_change_by_a_callable_a_dict_or_rules(misaligned: Path, rename: An
         (lambda _: "one", tensorport.MappingError, r"one \(from a\.w, a\.scale"),
         ({"a.v": "x"}, tensorport.MappingError, "'a.v'"),
         ([("(", "x")], ValueError, r"'\('"),
+        ([("a", r"\9")], ValueError, r"the replacement '\\\\9' \(invalid group reference 9.*, expected one for 'a'"),
         (("a", "b"), TypeError, "'a'"),
         ("a", TypeError, "'a'"),
         (7, TypeError, "7"),
@@ -310,3 +312,64 @@ def test_empty_tensors_scalars_and_empty_checkpoints_load(tmp_path: Path, write_
         params = tensorport.load_params(write_safetensors(tmp_path / "m.safetensors", tensors), nested=False, io=io)
         assert_same(params, tensors)
     assert tensorport.load_params(write_safetensors(tmp_path / "empty.safetensors", {})) == {}
+
+
+@pytest.mark.parametrize("load", [tensorport.load_params, tensorport.load_params_shapes])
+def test_empty_arrays_that_a_wider_dtype_makes_too_large_are_refused(
+    tmp_path: Path, write_safetensors: Write, load: Callable[..., Any]
+) -> None:
+    tensors = {"w": ("F16", (0, 1 << 61), b""), "x_blocks": ("U8", (0, 1 << 57, 16), b"")}
+    tensors["x_scales"] = ("U8", (0, 1 << 57), b"")
+    path = write_safetensors(tmp_path / "m.safetensors", tensors)
+    with pytest.raises(tensorport.CheckpointError, match=r"m\.safetensors: tensor 'w': found float32 \[0, 2305843"):
+        load(path, dtype="float32")
+    with pytest.raises(tensorport.CheckpointError, match=r"tensor 'x_blocks': found bfloat16 .*below 2\^63 bytes"):
+        load(path, mxfp4="dequantize", include="x")
+
+
+def test_names_in_messages_cannot_steer_a_terminal(tmp_path: Path, write_safetensors: Write) -> None:
+    name = "\x1b[31m\u202ew"
+    path = write_safetensors(tmp_path / "m.safetensors", {name: np.full((3,), 1 << 40)})
+    with pytest.warns(UserWarning, match="loaded in 32 bits|overflowed") as caught:
+        tensorport.load_params(path, on_overflow="saturate")
+    messages = [str(warning.message) for warning in caught]
+    with pytest.warns(UserWarning, match="loaded in 32 bits"):  # noqa: SIM117
+        with pytest.raises(tensorport.ConversionError) as overflow:
+            tensorport.load_params(path)
+    messages.append(str(overflow.value))
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    two = write_safetensors(tmp_path / "two.safetensors", {name: np.ones(3, np.int8), name + "x": np.ones(3, np.int8)})
+    f6 = write_safetensors(tmp_path / "f6.safetensors", {name: ("F6_E2M3", (4,), bytes(3))})
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    for source, options in (
+        (f6, {}),
+        (two, {"rename": lambda _: name}),
+        (two, {"target": {"a": jax.ShapeDtypeStruct((3,), np.int8, sharding=sharding)}}),
+        (two, {"sharding": NamedSharding(mesh, PartitionSpec("x"))}),
+    ):
+        with pytest.raises(tensorport.MappingError) as fault:
+            tensorport.load_params(source, **options)
+        messages.append(str(fault.value))
+    assert len(messages) == 7
+    for message in messages:
+        assert "[31m" in message
+        assert all(character.isprintable() or character == "\n" for character in message), message
+
+
+@pytest.mark.parametrize(
+    ("option", "error"),
+    [({"io": "mmap"}, ValueError), ({"workers": 0}, ValueError), ({"on_overflow": "ignore"}, ValueError)],
+)
+def test_shapes_refuse_what_loading_refuses(misaligned: Path, option: dict[str, Any], error: Any) -> None:
+    for load in (tensorport.load_params, tensorport.load_params_shapes):
+        with pytest.raises(error, match=next(iter(option))):
+            load(misaligned, **option)
+
+
+def test_names_of_very_many_components_take_one_pass(tmp_path: Path, write_safetensors: Write) -> None:
+    # Every prefix as a text of its own would be 20 GB.
+    name = ".".join("a" * 200_000)
+    shapes = tensorport.load_params_shapes(write_safetensors(tmp_path / "m.safetensors", {name: np.ones(3, np.int8)}))
+    for _ in range(200_000):
+        (shapes,) = shapes.values()
+    assert shapes.shape == (3,)
