@@ -1,11 +1,15 @@
 //! Memory that tensors are read into: anonymous mappings of huge pages, shared by the views into them.
 
 use std::ops::Range;
+#[cfg(target_os = "linux")]
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use memmap2::MmapMut;
 
 use crate::error::{Error, Result};
+#[cfg(target_os = "linux")]
+use crate::system;
 use crate::work::lock;
 
 /// Beginnings of tensors are multiples of this: JAX on CPU shares a host buffer that is so aligned, and copies others.
@@ -26,10 +30,12 @@ impl Arena {
         let fault = |source| Error::Io { path: format!("{nbytes} bytes of memory").into(), source };
         // Mappings of no bytes are refused by the system.
         let memory = MmapMut::map_anon(nbytes.max(1)).map_err(fault)?;
-        // First touches of small pages take longer than reading into them. Only whole huge pages, so that none reaches
-        // beyond the arena; a system without them refuses, and goes on with small ones.
+        // Only whole huge pages, so that none reaches beyond the arena. A system without them refuses, and goes on with
+        // small ones.
         #[cfg(target_os = "linux")]
-        let _ = memory.advise_range(memmap2::Advice::HugePage, 0, nbytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES);
+        if !system::returns_free_pages() {
+            let _ = memory.advise_range(memmap2::Advice::HugePage, 0, nbytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES);
+        }
         Ok(Self { memory })
     }
 
@@ -43,6 +49,34 @@ impl Arena {
     #[must_use]
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.memory
+    }
+}
+
+/// Bytes whose pages are brought at once.
+#[cfg(target_os = "linux")]
+const TOUCH_BYTES: usize = 32 << 20;
+
+/// Brings the pages of new arenas, on several threads: a fault for each page, as it is read into, costs more than the
+/// reading. Systems that have no call for this bring each page when it is first touched.
+#[cfg_attr(not(target_os = "linux"), expect(unused_variables, reason = "Linux alone has the call"))]
+pub fn touch(arenas: &[Arena], workers: usize) {
+    #[cfg(target_os = "linux")]
+    {
+        let ranges: Vec<_> = arenas
+            .iter()
+            .flat_map(|arena| (0..arena.memory.len()).step_by(TOUCH_BYTES).map(move |start| (arena, start)))
+            .collect();
+        let next = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..workers.min(ranges.len()) {
+                scope.spawn(|| {
+                    while let Some((arena, start)) = ranges.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        let length = TOUCH_BYTES.min(arena.memory.len() - start);
+                        let _ = arena.memory.advise_range(memmap2::Advice::PopulateWrite, *start, length);
+                    }
+                });
+            }
+        });
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::arena::{ALIGNMENT, Arena, ArenaPool, ArenaView};
+use crate::arena::{self, ALIGNMENT, Arena, ArenaPool, ArenaView};
 use crate::cast::{self, Counts, OnOverflow, Target};
 use crate::checkpoint::{Checkpoint, TensorSpec};
 use crate::dtype::{self, Dtype};
@@ -186,6 +186,7 @@ pub fn load(
     let workers = resources.pool()?;
     let layout = Layout::new(requests);
     let mut arenas = layout.arenas.iter().map(|&nbytes| pool.take(nbytes)).collect::<Result<Vec<_>>>()?;
+    arena::touch(&arenas, workers.workers);
     let memory = layout.split(&mut arenas);
     let (counts, bytes_read) = read(checkpoint, requests, memory, on_overflow, workers, observer)?;
     for (request, counts) in requests.iter().zip(&counts) {

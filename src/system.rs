@@ -89,6 +89,17 @@ mod unix {
         Ok(REMOTE.contains(&kind))
     }
 
+    /// Whether this is a virtual machine that returns its free memory to its host, in stretches of many pages. There
+    /// a huge page is one that the host must bring again: reading 3.75 GB into huge pages took 3.3 to 5.8 s, into small
+    /// ones 1.0 to 1.5 s (Linux 6.18, 2 cores of an AMD EPYC, 2026-11-21).
+    #[cfg(target_os = "linux")]
+    pub fn returns_free_pages() -> bool {
+        // Order of the stretches; all bits are set where nobody asked for them.
+        const PATH: &str = "/sys/module/page_reporting/parameters/page_reporting_order";
+        let order = std::fs::read_to_string(PATH).ok().and_then(|text| text.trim().parse::<u32>().ok());
+        order.is_some_and(|order| order < u64::BITS)
+    }
+
     /// Whether a file lies on a filesystem behind a network: not asked here, files count as local.
     #[cfg(not(target_os = "linux"))]
     #[expect(clippy::unnecessary_wraps, reason = "other systems can fail")]
