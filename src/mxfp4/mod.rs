@@ -4,6 +4,7 @@
 //! of the pairs from the gpt-oss checkpoints.
 
 mod decode;
+mod encode;
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -14,6 +15,7 @@ use crate::dtype;
 use crate::error::{Error, Result};
 
 pub use decode::DecodeTable;
+pub use encode::{ScaleRule, encode, encode_block};
 
 /// Values that share one scale.
 pub const MX_BLOCK_SIZE: usize = 32;
