@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax import export
+from jax.typing import DTypeLike
 
 from tensorport.reports import human_bytes
 
@@ -104,6 +105,12 @@ class MXFP4Array:
     def sharding(self) -> jax.sharding.Sharding | None:
         """How the logical array is spread over devices: as its scales are. None for leaves that have no devices."""
         return getattr(self.scales, "sharding", None)
+
+    def dequantize(self, dtype: DTypeLike = _BFLOAT16) -> Any:
+        """The values as a dense array [..., K]: see :func:`tensorport.mxfp4.dequantize`."""
+        from tensorport.mxfp4.codec import dequantize  # noqa: PLC0415 - it is made of this type
+
+        return dequantize(self, dtype)
 
     def __len__(self) -> int:
         return self.shape[0]

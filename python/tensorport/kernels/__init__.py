@@ -1,0 +1,18 @@
+"""The computations under tensorport: for each op a folder with a reference, its implementations and their settings.
+
+>>> from tensorport import kernels, mxfp4
+>>> kernels.explain(mxfp4.matmul, x, w)          # which implementation runs, and why no other
+
+Users call the ops where they belong, such as :func:`tensorport.mxfp4.matmul`.
+"""
+
+try:
+    import jax as _jax  # noqa: F401
+except ImportError as fault:
+    raise ImportError("tensorport.kernels needs JAX: pip install 'tensorport[jax]'") from fault
+
+# First: ops are made of its types, and it exports the ops.
+import tensorport.mxfp4  # noqa: F401
+from tensorport.kernels.registry import Device, Explanation, ImplementationName, explain
+
+__all__ = ["Device", "Explanation", "ImplementationName", "explain"]

@@ -1,0 +1,54 @@
+"""Tokens grouped by expert, in chunks of one expert each: dense work for ragged groups."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int32, Integer
+
+__all__ = ["Chunks", "chunk_by_expert"]
+
+
+class Chunks(NamedTuple):
+    """Where the rows of each expert stand after sorting, in chunks of at most `block_m` rows.
+
+    Attributes:
+        order: the sorted rows: positions in `expert_ids`, first those of expert 0. Rows with an id that no expert has
+            stand last and in no chunk.
+        expert: for each chunk its expert; what stands behind `count` chunks means nothing.
+        start: for each chunk its first row in `order`.
+        stop: for each chunk the row behind its last.
+        count: number of chunks.
+        is_valid: for each of the unsorted rows, whether there is such an expert.
+    """
+
+    order: Int32[Array, " rows"]
+    expert: Int32[Array, " chunks"]
+    start: Int32[Array, " chunks"]
+    stop: Int32[Array, " chunks"]
+    count: Int32[Array, ""]
+    is_valid: Bool[Array, " rows"]
+
+    def rows(self, number: Int32[Array, ""], block_m: int) -> tuple[Int32[Array, " block_m"], Bool[Array, " block_m"]]:
+        """The unsorted positions of a chunk's rows, and which of them are there: a chunk may have fewer rows."""
+        place = self.start[number] + jnp.arange(block_m, dtype=jnp.int32)
+        return self.order[jnp.minimum(place, len(self.order) - 1)], place < self.stop[number]
+
+
+def chunk_by_expert(expert_ids: Integer[Array, " rows"], num_experts: int, block_m: int) -> Chunks:
+    """Groups rows by expert and divides each group into chunks; experts without rows get none."""
+    (rows,) = expert_ids.shape
+    is_valid = (expert_ids >= 0) & (expert_ids < num_experts)
+    ids = jnp.where(is_valid, expert_ids, num_experts).astype(jnp.int32)
+    order = jnp.argsort(ids, stable=True).astype(jnp.int32)
+    experts = jnp.arange(num_experts + 1, dtype=jnp.int32)
+    first_row = jnp.searchsorted(ids[order], experts).astype(jnp.int32)
+    chunks_of = -(-(first_row[1:] - first_row[:-1]) // block_m)
+    chunks_until = jnp.cumsum(chunks_of, dtype=jnp.int32)
+    # No more than one chunk is short for each expert.
+    most = min(rows, rows // block_m + min(num_experts, rows))
+    number = jnp.arange(most, dtype=jnp.int32)
+    expert = jnp.minimum(jnp.searchsorted(chunks_until, number, side="right"), num_experts - 1).astype(jnp.int32)
+    within = number - (chunks_until - chunks_of)[expert]
+    start = first_row[expert] + within * block_m
+    stop = jnp.minimum(start + block_m, first_row[expert + 1])
+    return Chunks(order, expert, start, stop, chunks_until[-1], is_valid)

@@ -1,0 +1,1 @@
+"""Products of tokens with the MXFP4 matrix of an expert each."""

@@ -1,0 +1,83 @@
+"""mxfp4.expert_matmul: checked once, computed by one of several implementations, differentiable in x."""
+
+from functools import partial
+
+import jax
+from jax.typing import ArrayLike
+from jaxtyping import Array, BFloat16, Float, Integer
+
+from tensorport.kernels.arguments import float_array, integer_array, mxfp4_array, same_size
+from tensorport.kernels.frozen import no_gradient
+from tensorport.kernels.mxfp4_expert_matmul import xla
+from tensorport.kernels.registry import Implementation, ImplementationName, Op
+from tensorport.mxfp4.types import MXFP4Array
+
+__all__ = ["OP", "expert_matmul"]
+
+OP = Op("mxfp4.expert_matmul", Implementation("xla", xla.expert_matmul))
+
+
+def expert_matmul(
+    x: Float[ArrayLike, "t k"],
+    w: BFloat16[MXFP4Array, "e n k"],
+    expert_ids: Integer[ArrayLike, " t"],
+    *,
+    implementation: ImplementationName = "auto",
+) -> Float[Array, "t n"]:
+    """Multiplies each token by the MXFP4 matrix of its expert: x [T, K] . w[expert_ids] [T, N, K] -> [T, N].
+
+    Only the experts that have tokens are decoded, a tile of rows at a time; tokens of one expert are multiplied
+    together. Codes and scales are exact, `x` is never narrowed, and sums are taken in float32 (float64 where `x` is).
+    Differentiable in `x` (in reverse mode, any number of times), by the implementation `xla`.
+
+    Args:
+        x: bfloat16, float16, float32 or float64.
+        w: codes and scales of [E, N, K], the contraction axis last.
+        expert_ids: in any order. The row of a token whose id is not in 0 .. E - 1 becomes NaN.
+        implementation: see :func:`tensorport.kernels.explain`.
+
+    Returns:
+        In the dtype of `x`, on its device.
+
+    Raises:
+        NotImplementedError: the named implementation cannot run here; says why.
+        TypeError, ValueError: dtypes or shapes do not fit.
+    """
+    x, w, expert_ids = float_array("x", x, 2), mxfp4_array("w", w, 3), integer_array("expert_ids", expert_ids, 1)
+    same_size("T, the number of tokens", {"x": x.shape[0], "expert_ids": expert_ids.shape[0]})
+    same_size("K, the last axis", {"x": x.shape[1], "w": w.shape[2]})
+    return _expert_matmul(OP.choose(implementation, x, w, expert_ids).name, x, w, expert_ids)
+
+
+_Frozen = tuple[MXFP4Array, Array]
+
+
+@partial(jax.jit, static_argnums=0)
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _expert_matmul(implementation: str, x: Array, w: MXFP4Array, expert_ids: Array) -> Array:
+    return OP.implementations[implementation].run(x, w, expert_ids)
+
+
+def _forward(implementation: str, x: Array, w: MXFP4Array, expert_ids: Array) -> tuple[Array, _Frozen]:
+    return _expert_matmul(implementation, x, w, expert_ids), (w, expert_ids)
+
+
+def _backward(_: str, frozen: _Frozen, g: Array) -> tuple[Array, MXFP4Array, Array]:
+    return _transposed(g, *frozen), *no_gradient(frozen)
+
+
+@jax.custom_vjp
+def _transposed(g: Array, w: MXFP4Array, expert_ids: Array) -> Array:
+    return xla.expert_matmul_transposed(g, w, expert_ids)
+
+
+def _transposed_forward(g: Array, w: MXFP4Array, expert_ids: Array) -> tuple[Array, _Frozen]:
+    return _transposed(g, w, expert_ids), (w, expert_ids)
+
+
+def _transposed_backward(frozen: _Frozen, x: Array) -> tuple[Array, MXFP4Array, Array]:
+    return _expert_matmul("xla", x, *frozen), *no_gradient(frozen)
+
+
+_expert_matmul.__wrapped__.defvjp(_forward, _backward)
+_transposed.defvjp(_transposed_forward, _transposed_backward)

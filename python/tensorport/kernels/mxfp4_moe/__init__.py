@@ -1,0 +1,1 @@
+"""The mixture of MXFP4 experts of gpt-oss."""

@@ -1,0 +1,128 @@
+"""mxfp4.moe: checked once, computed by one of several implementations, differentiable in all that is not a code."""
+
+from functools import partial
+
+import jax
+from jax.typing import ArrayLike
+from jaxtyping import Array, BFloat16, Float, Integer
+
+from tensorport.kernels.arguments import float_array, integer_array, mxfp4_array, same_size
+from tensorport.kernels.frozen import no_gradient
+from tensorport.kernels.mxfp4_moe import xla
+from tensorport.kernels.mxfp4_moe.types import Activation, Experts
+from tensorport.kernels.registry import Implementation, ImplementationName, Op
+from tensorport.mxfp4.types import MXFP4Array
+
+__all__ = ["OP", "moe"]
+
+OP = Op("mxfp4.moe", Implementation("xla", xla.moe))
+
+
+def moe(  # noqa: PLR0917 - the order of the contract
+    x: Float[ArrayLike, "t h"],
+    router_indices: Integer[ArrayLike, "t k"],
+    router_weights: Float[ArrayLike, "t k"],
+    gate_up: BFloat16[MXFP4Array, "e i2 h"],
+    gate_up_bias: Float[ArrayLike, "e i2"],
+    down: BFloat16[MXFP4Array, "e h i"],
+    down_bias: Float[ArrayLike, "e h"],
+    *,
+    limit: float = 7.0,
+    alpha: float = 1.702,
+    implementation: ImplementationName = "auto",
+) -> Float[Array, "t h"]:
+    """The mixture of experts of gpt-oss on MXFP4 weights: each token through its k experts, weighted and summed.
+
+    For expert e: h = gate_up[e] x + bias; gate = h[0::2] and up = h[1::2]; gate is clamped to at most `limit`, up to
+    -limit .. limit; y = down[e] (gate * sigmoid(alpha * gate) * (up + 1)) + bias. The result is the sum of y times the
+    router's weights, as they are given.
+
+    Only the experts that have tokens are decoded, a tile of rows at a time, and tokens of one expert go through it
+    together; memory does not grow with the number of experts. Codes and scales are exact, `x` is never narrowed, and
+    all in between is float32 (float64 where `x` is). Differentiable in reverse mode with respect to `x`,
+    `router_weights` and the biases, by the implementation `xla`; codes are frozen.
+
+    Args:
+        x: bfloat16, float16, float32 or float64 [T, H].
+        router_indices: the experts of each token [T, k]. A token with an index that is not in 0 .. E - 1 becomes NaN.
+        router_weights: [T, k].
+        gate_up: codes and scales of [E, 2 I, H], gate and up interleaved along the second axis.
+        gate_up_bias: [E, 2 I].
+        down: codes and scales of [E, H, I].
+        down_bias: [E, H].
+        limit: where gate and up are clamped.
+        alpha: steepness of the sigmoid.
+        implementation: see :func:`tensorport.kernels.explain`.
+
+    Returns:
+        In the dtype of `x`, on its device.
+
+    Raises:
+        NotImplementedError: the named implementation cannot run here; says why.
+        TypeError, ValueError: dtypes or shapes do not fit.
+
+    Source: openai/gpt-oss, gpt_oss/torch/model.py, MLPBlock and swiglu.
+    """
+    x = float_array("x", x, 2)
+    router_indices = integer_array("router_indices", router_indices, 2)
+    router_weights = float_array("router_weights", router_weights, 2)
+    experts = Experts(
+        mxfp4_array("gate_up", gate_up, 3),
+        float_array("gate_up_bias", gate_up_bias, 2),
+        mxfp4_array("down", down, 3),
+        float_array("down_bias", down_bias, 2),
+    )
+    _check_sizes(x, router_indices, router_weights, experts)
+    activation = Activation(float(limit), float(alpha))
+    name = OP.choose(implementation, x, router_indices, router_weights, experts, activation).name
+    return _moe(name, activation, x, router_indices, router_weights, experts)
+
+
+def _check_sizes(x: Array, router_indices: Array, router_weights: Array, experts: Experts) -> None:
+    (tokens, hidden), (num_experts, width, k) = x.shape, experts.gate_up.shape
+    same_size(
+        "T, the number of tokens",
+        {"x": tokens, "router_indices": router_indices.shape[0], "router_weights": router_weights.shape[0]},
+    )
+    same_size(
+        "k, the experts of a token",
+        {"router_indices": router_indices.shape[1], "router_weights": router_weights.shape[1]},
+    )
+    same_size(
+        "E, the number of experts",
+        {"gate_up": num_experts, **{name: getattr(experts, name).shape[0] for name in experts._fields[1:]}},
+    )
+    sizes = {"x": hidden, "gate_up (last axis)": k, "down (second axis)": experts.down.shape[1]}
+    same_size("H, the width of the stream", sizes | {"down_bias": experts.down_bias.shape[1]})
+    sizes = {"gate_up (second axis)": width, "gate_up_bias": experts.gate_up_bias.shape[1]}
+    same_size("2 I, gate and up", sizes | {"down (last axis, twice)": 2 * experts.down.shape[2]})
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _moe(
+    implementation: str,
+    activation: Activation,
+    x: Array,
+    router_indices: Array,
+    router_weights: Array,
+    experts: Experts,
+) -> Array:
+    return OP.implementations[implementation].run(x, router_indices, router_weights, experts, activation)
+
+
+_Inputs = tuple[Array, Array, Array, Experts]
+
+
+def _forward(implementation: str, activation: Activation, *inputs: Array) -> tuple[Array, _Inputs]:
+    return _moe(implementation, activation, *inputs), inputs
+
+
+def _backward(_: str, activation: Activation, inputs: _Inputs, g: Array) -> _Inputs:
+    x, router_indices, router_weights, experts = inputs
+    dx, dweights, dgate_up_bias, ddown_bias = xla.moe_gradients(g, *inputs, activation)
+    dexperts = Experts(no_gradient(experts.gate_up), dgate_up_bias, no_gradient(experts.down), ddown_bias)
+    return dx, no_gradient(router_indices), dweights, dexperts
+
+
+_moe.__wrapped__.defvjp(_forward, _backward)

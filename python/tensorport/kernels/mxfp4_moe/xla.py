@@ -1,0 +1,96 @@
+"""moe in plain JAX: (token, expert) pairs sorted by expert, a chunk of one expert at a time through both its layers."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Integer
+
+from tensorport.kernels.grouping import Chunks, chunk_by_expert
+from tensorport.kernels.mxfp4_moe.configs import Config
+from tensorport.kernels.mxfp4_moe.types import Activation, Experts
+from tensorport.kernels.swiglu import clamped_swiglu
+from tensorport.kernels.tiles import accumulator_dtype, product, transposed_product
+
+__all__ = ["moe", "moe_gradients"]
+
+
+def moe(
+    x: Float[Array, "t h"],
+    router_indices: Integer[Array, "t k"],
+    router_weights: Float[Array, "t k"],
+    experts: Experts,
+    activation: Activation,
+) -> Float[Array, "t h"]:
+    """The outputs of each token's experts, weighted and summed."""
+    k, dtype = router_indices.shape[1], accumulator_dtype(x.dtype)
+    config, chunks = _grouped(router_indices, experts)
+    weights = router_weights.reshape(-1).astype(dtype)
+
+    def step(number: Int32[Array, ""], out: Float[Array, "t h"]) -> Float[Array, "t h"]:
+        pair, is_there = chunks.rows(number, config.block_m)
+        expert, token = chunks.expert[number], pair // k
+        h = product(x[token], experts.gate_up, expert, block_n=config.block_n)
+        h += experts.gate_up_bias[expert, None].astype(dtype)
+        a = clamped_swiglu(h, limit=activation.limit, alpha=activation.alpha)
+        y = product(a, experts.down, expert, block_n=config.block_n) + experts.down_bias[expert, None].astype(dtype)
+        return out.at[token].add(jnp.where(is_there[:, None], y * weights[pair][:, None], 0))
+
+    out = jnp.zeros(x.shape, dtype)
+    if router_indices.size and experts.gate_up.shape[0]:
+        out = jax.lax.fori_loop(0, chunks.count, step, out)
+    is_valid = jnp.all(chunks.is_valid.reshape(router_indices.shape), axis=1)
+    return jnp.where(is_valid[:, None], out, jnp.nan).astype(x.dtype)
+
+
+def moe_gradients(
+    g: Float[Array, "t h"],
+    x: Float[Array, "t h"],
+    router_indices: Integer[Array, "t k"],
+    router_weights: Float[Array, "t k"],
+    experts: Experts,
+    activation: Activation,
+) -> tuple[Float[Array, "t h"], Float[Array, "t k"], Float[Array, "e i2"], Float[Array, "e h"]]:
+    """Gradients with respect to x, router_weights and both biases, in their dtypes, from that of the output.
+
+    The values between the layers are computed again, chunk by chunk, rather than kept.
+    """
+    k, dtype = router_indices.shape[1], accumulator_dtype(x.dtype)
+    config, chunks = _grouped(router_indices, experts)
+    weights = router_weights.reshape(-1).astype(dtype)
+
+    def step(number: Int32[Array, ""], sums: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        dx, dweights, dgate_up_bias, ddown_bias = sums
+        pair, is_there = chunks.rows(number, config.block_m)
+        expert, token = chunks.expert[number], pair // k
+        h = product(x[token], experts.gate_up, expert, block_n=config.block_n)
+        h += experts.gate_up_bias[expert, None].astype(dtype)
+        a, pull_back = jax.vjp(lambda h: clamped_swiglu(h, limit=activation.limit, alpha=activation.alpha), h)
+        # Rows that are not there have no gradient, so that nothing of theirs reaches any sum.
+        dy = jnp.where(is_there[:, None], g[token].astype(dtype), 0)
+        da = transposed_product(dy, experts.down, expert, block_n=config.block_n)
+        dweight = jnp.sum(da * a, axis=1) + dy @ experts.down_bias[expert].astype(dtype)
+        weight = weights[pair][:, None]
+        (dh,) = pull_back(da * weight)
+        return (
+            dx.at[token].add(transposed_product(dh, experts.gate_up, expert, block_n=config.block_n)),
+            dweights.at[pair].add(jnp.where(is_there, dweight, 0)),
+            dgate_up_bias.at[expert].add(jnp.sum(dh, axis=0)),
+            ddown_bias.at[expert].add(jnp.sum(dy * weight, axis=0)),
+        )
+
+    shapes = (x.shape, weights.shape, experts.gate_up_bias.shape, experts.down_bias.shape)
+    sums = tuple(jnp.zeros(shape, dtype) for shape in shapes)
+    if router_indices.size and experts.gate_up.shape[0]:
+        sums = jax.lax.fori_loop(0, chunks.count, step, sums)
+    dx, dweights, dgate_up_bias, ddown_bias = sums
+    return (
+        dx.astype(x.dtype),
+        dweights.reshape(router_weights.shape).astype(router_weights.dtype),
+        dgate_up_bias.astype(experts.gate_up_bias.dtype),
+        ddown_bias.astype(experts.down_bias.dtype),
+    )
+
+
+def _grouped(router_indices: Integer[Array, "t k"], experts: Experts) -> tuple[Config, Chunks]:
+    """Pairs by expert: pair number t * k + i is the i-th choice of token t."""
+    config = Config.choose(router_indices.size, *experts.gate_up.shape)
+    return config, chunk_by_expert(router_indices.reshape(-1), experts.gate_up.shape[0], config.block_m)

@@ -1,0 +1,164 @@
+"""Ops with several implementations: which one runs, and why."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Final, Literal, TypeAlias
+
+import jax
+
+__all__ = ["Device", "Explanation", "Implementation", "ImplementationName", "Op", "explain"]
+
+ImplementationName: TypeAlias = Literal["auto", "xla", "native", "pallas_triton", "pallas_mosaic", "scaled_dot"]
+"""`auto` takes the first that can run; the others run or raise NotImplementedError.
+
+`xla`: plain JAX, everywhere. `native`: Rust on CPU. `pallas_triton`, `pallas_mosaic`: Pallas on NVIDIA GPUs.
+`scaled_dot`: the block-scaled products of NVIDIA's Blackwell, through XLA.
+"""
+
+_NOT_HERE: Final = "not in this version of tensorport"
+
+OPS: Final[dict[str, "Op"]] = {}
+"""Every op by its public name, such as `mxfp4.matmul`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Device:
+    """What a computation is compiled for, as far as the choice of an implementation depends on it.
+
+    Attributes:
+        platform: `cpu`, `gpu` or `tpu`, as JAX names it.
+        kind: JAX's `device_kind`.
+        compute_capability: of NVIDIA GPUs, such as (10, 0); None elsewhere.
+    """
+
+    platform: str
+    kind: str
+    compute_capability: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, *arrays: Any) -> "Device":
+        """Where the first of the arrays that is anywhere lies; else JAX's default device.
+
+        Under `jit` nobody knows yet where arguments will be: then it is the default device.
+        """
+        for leaf in jax.tree.leaves(arrays):
+            if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+                return cls._from(next(iter(leaf.devices())))
+        default = jax.config.jax_default_device
+        if isinstance(default, str):
+            return cls._from(jax.local_devices(backend=default)[0])
+        return cls._from(default if default is not None else jax.local_devices()[0])
+
+    @classmethod
+    def _from(cls, device: jax.Device) -> "Device":
+        version = getattr(device, "compute_capability", None)
+        major, _, minor = str(version).partition(".")
+        is_nvidia = version is not None and major.isdigit() and minor.isdigit()
+        return cls(device.platform, device.device_kind, (int(major), int(minor)) if is_nvidia else None)
+
+    def __str__(self) -> str:
+        return self.platform if self.kind == self.platform else f"{self.platform} ({self.kind})"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Implementation:
+    """One way to compute an op.
+
+    Attributes:
+        name: how users name it.
+        run: computes the op; takes its arguments, already checked.
+        refuses: takes the device and the op's arguments, of which only shapes and dtypes count; returns why this
+            implementation cannot run, or None if it can.
+    """
+
+    name: str
+    run: Callable[..., jax.Array]
+    refuses: Callable[..., str | None] = lambda *_: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """Which implementation of an op runs on some arguments, and why no other.
+
+    Attributes:
+        op: the op's public name.
+        device: what it is compiled for.
+        implementation: the one that runs; None if none can.
+        reasons: for every implementation what speaks against it; None for those that can run.
+    """
+
+    op: str
+    device: Device
+    implementation: str | None
+    reasons: Mapping[str, str | None]
+
+    def __str__(self) -> str:
+        def line(name: str, reason: str | None) -> str:
+            if name == self.implementation:
+                return f"  {name}: runs"
+            return f"  {name}: {'could run' if reason is None else reason}"
+
+        return "\n".join([f"{self.op} on {self.device}:", *(line(*item) for item in self.reasons.items())])
+
+    __repr__ = __str__
+
+
+class Op:
+    """An op and its implementations, in the order in which `auto` tries them."""
+
+    def __init__(self, name: str, *implementations: Implementation) -> None:
+        self.name = name
+        self.implementations = {implementation.name: implementation for implementation in implementations}
+        OPS[name] = self
+
+    def choose(self, implementation: str, *args: Any) -> Implementation:
+        """The implementation that runs on these arguments.
+
+        Raises:
+            NotImplementedError: the named one cannot run, or with `auto` none can; says why.
+            ValueError: no such implementation.
+        """
+        explanation = self.explain(implementation, *args)
+        if explanation.implementation is not None:
+            return self.implementations[explanation.implementation]
+        reasons = explanation.reasons if implementation == "auto" else {implementation: explanation.reasons[implementation]}
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise NotImplementedError(f"{self.name} on {explanation.device}: {told}")
+
+    def explain(self, implementation: str, *args: Any) -> Explanation:
+        """As :func:`explain`, for arguments in the order in which implementations take them."""
+        names = ImplementationName.__args__  # type: ignore[attr-defined]
+        if implementation not in names:
+            raise ValueError(
+                f"implementation: found {implementation!r}, expected one of {', '.join(map(repr, names))}"
+            )
+        device = Device.of(*args)
+        reasons: dict[str, str | None] = {
+            name: known.refuses(device, *args) for name, known in self.implementations.items()
+        }
+        reasons |= {name: _NOT_HERE for name in names if name not in reasons and name != "auto"}
+        wanted = reasons if implementation == "auto" else (implementation,)
+        chosen = next((name for name in wanted if reasons[name] is None), None)
+        return Explanation(self.name, device, chosen, reasons)
+
+
+def explain(op: str | Callable[..., Any], *args: Any, implementation: ImplementationName = "auto") -> Explanation:
+    """Says which implementation of an op runs on some arguments, and why no other.
+
+    >>> tensorport.kernels.explain(mxfp4.matmul, x, w)
+
+    Args:
+        op: a function of :mod:`tensorport.mxfp4` that takes `implementation`, or its name.
+        args: its arrays, in its order; ShapeDtypeStructs do as well.
+        implementation: what the op would be asked for.
+
+    Raises:
+        ValueError: no such op, or no such implementation.
+    """
+    import tensorport.mxfp4  # noqa: F401, PLC0415 - which registers its ops
+
+    name = op if isinstance(op, str) else f"mxfp4.{getattr(op, '__name__', op)}"
+    found = OPS.get(name) or OPS.get(f"mxfp4.{name}")
+    if found is None:
+        raise ValueError(f"op: found {name!r}, expected one of {', '.join(map(repr, OPS))}")
+    return found.explain(implementation, *args)
