@@ -6,8 +6,8 @@
 >>> tensorport.verify("model-jax/", "model/")         # every value, compared with the source
 >>> params = tensorport.load_params("model-jax/")     # a pytree of jax.Arrays
 
-Importing this package imports neither JAX nor any other optional dependency: `load_params`, `load_params_shapes` and
-`mxfp4` do, when they are first used.
+Importing this package imports neither JAX nor any other optional dependency: `load_params`, `load_params_shapes`,
+`mxfp4`, `kernels` and `nnx` do, when they are first used.
 """
 
 import importlib
@@ -22,7 +22,7 @@ from tensorport.reports import ConversionReport, LoadReport, VerificationFailure
 from tensorport.synthesize import synthesize
 
 if TYPE_CHECKING:
-    from tensorport import mxfp4
+    from tensorport import kernels, mxfp4, nnx
     from tensorport.load import load_params, load_params_shapes
 
 __all__ = [
@@ -40,16 +40,24 @@ __all__ = [
     "VerificationReport",
     "__version__",
     "convert",
+    "kernels",
     "load_params",
     "load_params_shapes",
     "mxfp4",
+    "nnx",
     "open",
     "synthesize",
     "verify",
 ]
 
-# What needs JAX, and the module that has it.
-_LAZY = {"load_params": "tensorport.load", "load_params_shapes": "tensorport.load", "mxfp4": "tensorport.mxfp4"}
+# What needs JAX (and `nnx` Flax), and the module that has it.
+_LAZY = {
+    "kernels": "tensorport.kernels",
+    "load_params": "tensorport.load",
+    "load_params_shapes": "tensorport.load",
+    "mxfp4": "tensorport.mxfp4",
+    "nnx": "tensorport.nnx",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,30 @@
+"""Computations on meshes with explicit axes, where JAX asks every operation how its result is sharded.
+
+Products of codes are loops over tiles, of which nobody says that. So they are compiled as for axes that the compiler
+shards, and only their result gets the sharding that is asked for.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+from jaxtyping import Array
+
+__all__ = ["explicit_spec", "on_auto_axes"]
+
+
+def on_auto_axes(function: Callable[..., Array], out_sharding: Any) -> Callable[..., Array]:
+    """The function, compiled for axes that the compiler shards; itself if no sharding of its result is known."""
+    if out_sharding is None:
+        return function
+    on_auto: Callable[..., Array] = jax.sharding.auto_axes(function, out_sharding=out_sharding)
+    return on_auto
+
+
+def explicit_spec(x: Array) -> PartitionSpec | None:
+    """How an array is sharded, one entry for each axis, if that is on a mesh with explicit axes."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return PartitionSpec(*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
