@@ -119,6 +119,15 @@ def initialized_experts(
     Raises:
         ValueError: the initializer returns metadata.
     """
+    codes = _expert_codes(key, init=init, shape=shape, dtype=jnp.dtype(dtype), scale_rule=scale_rule)
+    return MXFP4Param(codes, **_swapped_metadata(metadata, len(shape)))
+
+
+# Compiled once for all layers of one shape.
+@partial(jax.jit, static_argnames=("init", "shape", "dtype", "scale_rule"))
+def _expert_codes(
+    key: Array, *, init: Initializer, shape: tuple[int, int, int], dtype: DTypeLike, scale_rule: ScaleRule
+) -> MXFP4Array:
     num_experts, *kernel_shape = shape
 
     def expert(key: Array) -> MXFP4Array:
@@ -130,8 +139,8 @@ def initialized_experts(
             )
         return quantize(dense.T, scale_rule=scale_rule)
 
-    codes = jax.lax.map(expert, jax.random.split(key, num_experts))
-    return MXFP4Param(codes, **_swapped_metadata(metadata, len(shape)))
+    codes: MXFP4Array = jax.lax.map(expert, jax.random.split(key, num_experts))
+    return codes
 
 
 def quantized_param(dense: nnx.Variable[Any], scale_rule: ScaleRule, *, transpose: bool) -> MXFP4Param:

@@ -186,7 +186,7 @@ def test_each_expert_is_initialized_like_a_dense_layer() -> None:
     shapes = []
 
     def init(key: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-        shapes.append((shape, dtype))
+        shapes.append((shape, jnp.dtype(dtype)))
         return nnx.initializers.lecun_normal()(key, shape, dtype)
 
     layer = moe(kernel_init=init, param_dtype=jnp.bfloat16)
