@@ -35,7 +35,7 @@ class Chunks(NamedTuple):
 
 
 def chunk_by_expert(expert_ids: Integer[Array, " rows"], num_experts: int, block_m: int) -> Chunks:
-    """Groups rows by expert and divides each group into chunks; experts without rows get none."""
+    """Groups rows by expert and divides each group into chunks; experts without rows get none. Takes at least one expert."""
     (rows,) = expert_ids.shape
     is_valid = (expert_ids >= 0) & (expert_ids < num_experts)
     ids = jnp.where(is_valid, expert_ids, num_experts).astype(jnp.int32)

@@ -47,7 +47,7 @@ def product(
     def step(number: Int32[Array, ""], out: Float[Array, "m n"]) -> Float[Array, "m n"]:
         # The last tile begins early enough to be whole; what it shares with the one before is the same in both.
         start = jnp.minimum(number * block_n, n - block_n)
-        return jax.lax.dynamic_update_slice(out, tile_product(start), (0, start))
+        return jax.lax.dynamic_update_slice(out, tile_product(start), (jnp.zeros_like(start), start))
 
     return jax.lax.fori_loop(0, -(-n // block_n), step, jnp.zeros((m, n), dtype))
 
@@ -66,7 +66,7 @@ def transposed_product(
 
     def step(number: Int32[Array, ""], out: Float[Array, "m k"]) -> Float[Array, "m k"]:
         start = jnp.minimum(number * block_n, n - block_n)
-        columns = jax.lax.dynamic_slice(lhs, (0, start), (m, block_n))
+        columns = jax.lax.dynamic_slice(lhs, (jnp.zeros_like(start), start), (m, block_n))
         # Rows that the tile before had count once.
         is_new = start + jnp.arange(block_n) >= number * block_n
         columns = jnp.where(is_new[None], columns, jnp.zeros((), operand))
@@ -83,8 +83,9 @@ def _operand_dtype(x_dtype: DTypeLike) -> jnp.dtype:
 def _tile(w: MXFP4Array, index: Index, start: Index, rows: int, dtype: DTypeLike) -> Float[Array, "rows k"]:
     """Rows `start` and following of w[index], decoded."""
     groups = w.shape[2] // 32
-    blocks = jax.lax.dynamic_slice(w.blocks, (index, start, 0, 0), (1, rows, groups, MX_BLOCK_BYTES))
-    scales = jax.lax.dynamic_slice(w.scales, (index, start, 0), (1, rows, groups))
+    first = [jnp.asarray(place, jnp.int32) for place in (index, start, 0, 0)]
+    blocks = jax.lax.dynamic_slice(w.blocks, first, (1, rows, groups, MX_BLOCK_BYTES))
+    scales = jax.lax.dynamic_slice(w.scales, first[:3], (1, rows, groups))
     return decode(blocks[0], scales[0], dtype)
 
 

@@ -58,7 +58,7 @@ def quantize(
         scale_rule: the exponent of a block's scale is floor(log2(amax)) - 2, where amax is its largest magnitude, and
             one more under some rules. `floor` (OCP MX v1.0): never; magnitudes above 6 times the scale saturate. `ceil`:
             where amax is above 6 times the scale, so that nothing saturates. `nearest`: where amax is at least 7 times
-            the scale, so that amax comes out with the least error.
+            the scale: the finest scale under which amax comes out with the least error.
         rounding: of elements to the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6 times the scale: `nearest`, ties to the even
             code, or `stochastic`, up with a probability of 24 bits that is the distance to the neighbour below, so that
             the expectation is the value itself where nothing saturates (use `ceil`).

@@ -32,6 +32,10 @@ def _by_expert(
     multiply: Callable[..., Array], x: Array, w: MXFP4Array, expert_ids: Array, columns: int
 ) -> Float[Array, "t columns"]:
     tokens = len(x)
+    # Tokens without an expert are in no chunk.
+    out = jnp.full((tokens, columns), jnp.nan, accumulator_dtype(x.dtype))
+    if not tokens or not w.shape[0]:
+        return out.astype(x.dtype)
     config = Config.choose(tokens, *w.shape)
     chunks = chunk_by_expert(expert_ids, w.shape[0], config.block_m)
 
@@ -40,8 +44,4 @@ def _by_expert(
         rows = multiply(x[token], w, chunks.expert[number], block_n=config.block_n)
         return out.at[jnp.where(is_there, token, tokens)].set(rows, mode="drop")
 
-    # Tokens without an expert are in no chunk.
-    out = jnp.full((tokens, columns), jnp.nan, accumulator_dtype(x.dtype))
-    if not tokens or not w.shape[0]:
-        return out.astype(x.dtype)
     return jax.lax.fori_loop(0, chunks.count, step, out).astype(x.dtype)

@@ -80,6 +80,8 @@ def moe(  # noqa: PLR0917 - the order of the contract
 
 def _check_sizes(x: Array, router_indices: Array, router_weights: Array, experts: Experts) -> None:
     (tokens, hidden), (num_experts, width, k) = x.shape, experts.gate_up.shape
+    if not num_experts:
+        raise ValueError("gate_up: found no experts, expected at least one")
     same_size(
         "T, the number of tokens",
         {"x": tokens, "router_indices": router_indices.shape[0], "router_weights": router_weights.shape[0]},

@@ -22,6 +22,9 @@ def moe(
 ) -> Float[Array, "t h"]:
     """The outputs of each token's experts, weighted and summed."""
     k, dtype = router_indices.shape[1], accumulator_dtype(x.dtype)
+    out = jnp.zeros(x.shape, dtype)
+    if not router_indices.size:
+        return out.astype(x.dtype)
     config, chunks = _grouped(router_indices, experts)
     weights = router_weights.reshape(-1).astype(dtype)
 
@@ -34,9 +37,7 @@ def moe(
         y = product(a, experts.down, expert, block_n=config.block_n) + experts.down_bias[expert, None].astype(dtype)
         return out.at[token].add(jnp.where(is_there[:, None], y * weights[pair][:, None], 0))
 
-    out = jnp.zeros(x.shape, dtype)
-    if router_indices.size and experts.gate_up.shape[0]:
-        out = jax.lax.fori_loop(0, chunks.count, step, out)
+    out = jax.lax.fori_loop(0, chunks.count, step, out)
     is_valid = jnp.all(chunks.is_valid.reshape(router_indices.shape), axis=1)
     return jnp.where(is_valid[:, None], out, jnp.nan).astype(x.dtype)
 
@@ -54,8 +55,10 @@ def moe_gradients(
     The values between the layers are computed again, chunk by chunk, rather than kept.
     """
     k, dtype = router_indices.shape[1], accumulator_dtype(x.dtype)
-    config, chunks = _grouped(router_indices, experts)
     weights = router_weights.reshape(-1).astype(dtype)
+    shapes = (x.shape, weights.shape, experts.gate_up_bias.shape, experts.down_bias.shape)
+    sums = tuple(jnp.zeros(shape, dtype) for shape in shapes)
+    config, chunks = _grouped(router_indices, experts)
 
     def step(number: Int32[Array, ""], sums: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         dx, dweights, dgate_up_bias, ddown_bias = sums
@@ -77,9 +80,7 @@ def moe_gradients(
             ddown_bias.at[expert].add(jnp.sum(dy * weight, axis=0)),
         )
 
-    shapes = (x.shape, weights.shape, experts.gate_up_bias.shape, experts.down_bias.shape)
-    sums = tuple(jnp.zeros(shape, dtype) for shape in shapes)
-    if router_indices.size and experts.gate_up.shape[0]:
+    if router_indices.size:
         sums = jax.lax.fori_loop(0, chunks.count, step, sums)
     dx, dweights, dgate_up_bias, ddown_bias = sums
     return (
