@@ -14,6 +14,20 @@ import numpy as np
 import pytest
 import tensorport
 from arrays import random_array
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in signatures are checked in every call, where modules have no arguments of users to refuse by name.
+CHECKED_MODULES = [
+    "tensorport.kernels.grouping",
+    "tensorport.kernels.swiglu",
+    "tensorport.kernels.tiles",
+    *(
+        f"tensorport.kernels.{op}.{module}"
+        for op in ("mxfp4_matmul", "mxfp4_expert_matmul", "mxfp4_moe")
+        for module in ("reference", "xla", "scaled_dot", "types", "configs")
+    ),
+]
+install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
 # Before the first test starts the backend: shardings need devices to spread over.
 jax.config.update("jax_num_cpu_devices", 8)

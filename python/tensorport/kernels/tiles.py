@@ -18,7 +18,7 @@ Index = Int32[Array, ""] | int
 
 def accumulator_dtype(x_dtype: DTypeLike) -> jnp.dtype:
     """float32, and float64 where `x` is."""
-    return jnp.promote_types(x_dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if x_dtype == jnp.float64 else jnp.float32)
 
 
 def product(
@@ -49,7 +49,7 @@ def product(
         start = jnp.minimum(number * block_n, n - block_n)
         return jax.lax.dynamic_update_slice(out, tile_product(start), (jnp.zeros_like(start), start))
 
-    return jax.lax.fori_loop(0, -(-n // block_n), step, jnp.zeros((m, n), dtype))
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(-(-n // block_n)), step, jnp.zeros((m, n), dtype))
 
 
 def transposed_product(
@@ -72,7 +72,7 @@ def transposed_product(
         columns = jnp.where(is_new[None], columns, jnp.zeros((), operand))
         return out + _dot(columns, _tile(w, index, start, block_n, operand), 0, dtype)
 
-    return jax.lax.fori_loop(0, -(-n // block_n), step, jnp.zeros((m, k), dtype))
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(-(-n // block_n)), step, jnp.zeros((m, k), dtype))
 
 
 def _operand_dtype(x_dtype: DTypeLike) -> jnp.dtype:

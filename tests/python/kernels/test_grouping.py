@@ -1,6 +1,7 @@
 """Rows grouped by expert: every valid row in one chunk, of its expert, and no chunk too many."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ def check(ids: list[int], num_experts: int, block_m: int) -> None:
     seen: list[int] = []
     experts: list[int] = []
     for number in range(int(chunks.count)):
-        rows, is_there = map(np.asarray, chunks.rows(np.int32(number), block_m))
+        rows, is_there = map(np.asarray, chunks.rows(jnp.int32(number), block_m))
         expert = int(chunks.expert[number])
         assert rows.shape == (block_m,)
         assert 1 <= is_there.sum() <= block_m

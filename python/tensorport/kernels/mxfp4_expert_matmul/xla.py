@@ -44,4 +44,4 @@ def _by_expert(
         rows = multiply(x[token], w, chunks.expert[number], block_n=config.block_n)
         return out.at[jnp.where(is_there, token, tokens)].set(rows, mode="drop")
 
-    return jax.lax.fori_loop(0, chunks.count, step, out).astype(x.dtype)
+    return jax.lax.fori_loop(jnp.int32(0), chunks.count, step, out).astype(x.dtype)

@@ -7,6 +7,7 @@ device compares it with the reference, and a device on which it is wrong never r
 import functools
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,8 @@ def matmul(x: Float[Array, "*batch k"], w: MXFP4Array) -> Float[Array, "*batch n
     return out.astype(x.dtype).reshape(*batch, w.shape[0])
 
 
-def refuses(device: Device, x: Array, w: MXFP4Array) -> str | None:
-    """Why this cannot run."""
+def refuses(device: Device, x: Any, w: Any) -> str | None:
+    """Why this cannot run on arrays, or on what has their shapes and dtypes."""
     if device.compute_capability is None or device.compute_capability < _BLACKWELL:
         return "needs an NVIDIA GPU of compute capability 10.0 (Blackwell) or newer"
     if x.dtype != jnp.bfloat16:

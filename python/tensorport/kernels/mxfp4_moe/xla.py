@@ -37,7 +37,7 @@ def moe(
         y = product(a, experts.down, expert, block_n=config.block_n) + experts.down_bias[expert, None].astype(dtype)
         return out.at[token].add(jnp.where(is_there[:, None], y * weights[pair][:, None], 0))
 
-    out = jax.lax.fori_loop(0, chunks.count, step, out)
+    out = jax.lax.fori_loop(jnp.int32(0), chunks.count, step, out)
     is_valid = jnp.all(chunks.is_valid.reshape(router_indices.shape), axis=1)
     return jnp.where(is_valid[:, None], out, jnp.nan).astype(x.dtype)
 
@@ -81,7 +81,7 @@ def moe_gradients(
         )
 
     if router_indices.size:
-        sums = jax.lax.fori_loop(0, chunks.count, step, sums)
+        sums = jax.lax.fori_loop(jnp.int32(0), chunks.count, step, sums)
     dx, dweights, dgate_up_bias, ddown_bias = sums
     return (
         dx.astype(x.dtype),
