@@ -5,7 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, Integer
 
-__all__ = ["Chunks", "chunk_by_expert"]
+__all__ = ["Chunks", "chunk_by_expert", "rows_of_chunk"]
+
+_MOST_ROWS = 256  # enough that decoding is small beside multiplying, and a chunk between two layers is a few MB
 
 
 class Chunks(NamedTuple):
@@ -32,6 +34,16 @@ class Chunks(NamedTuple):
         """The unsorted positions of a chunk's rows, and which of them are there: a chunk may have fewer rows."""
         place = self.start[number] + jnp.arange(block_m, dtype=jnp.int32)
         return self.order[jnp.minimum(place, len(self.order) - 1)], place < self.stop[number]
+
+
+def rows_of_chunk(rows: int, num_experts: int) -> int:
+    """A size of chunks for so many rows: twice an even share of an expert, as a power of two.
+
+    A chunk decodes its expert's matrices once, which costs as much as multiplying some 16 rows; a row that is not there
+    costs as much as one that is.
+    """
+    share = -(-2 * rows // num_experts)
+    return min(_MOST_ROWS, rows, max(16, 1 << (share - 1).bit_length())) if rows > num_experts else min(rows, 4)
 
 
 def chunk_by_expert(expert_ids: Integer[Array, " rows"], num_experts: int, block_m: int) -> Chunks:

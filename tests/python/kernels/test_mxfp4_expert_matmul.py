@@ -23,8 +23,10 @@ def expected_rows(x: Any, w: MXFP4Array, ids: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-@pytest.mark.parametrize("tokens", [1, 4, 29, 700])
-@pytest.mark.parametrize("function", [mxfp4.expert_matmul, reference.expert_matmul])
+@pytest.mark.parametrize(
+    ("function", "tokens"),
+    [(mxfp4.expert_matmul, 1), (mxfp4.expert_matmul, 29), (mxfp4.expert_matmul, 700), (reference.expert_matmul, 29)],
+)
 def test_values_are_those_of_float64(function: Callable[..., Any], tokens: int, dtype: str) -> None:
     w = random_weights(E, N, K)
     ids = np.random.default_rng(1).integers(0, E, tokens)

@@ -23,9 +23,16 @@ K = 96
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [5, 256, 601])
-@pytest.mark.parametrize("batch", [(), (1,), (7,), (2, 3)])
-@pytest.mark.parametrize("function", [mxfp4.matmul, reference.matmul])
+@pytest.mark.parametrize(
+    ("function", "batch", "n"),
+    [
+        (mxfp4.matmul, (), 5),
+        (mxfp4.matmul, (1,), 601),
+        (mxfp4.matmul, (7,), 192),
+        (mxfp4.matmul, (3, 11), 601),
+        (reference.matmul, (3, 11), 7),
+    ],
+)
 def test_values_are_those_of_float64(
     function: Callable[..., Any], batch: tuple[int, ...], n: int, dtype: str
 ) -> None:

@@ -61,8 +61,9 @@ TOLERANCE = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 1e-5, "float64": 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-@pytest.mark.parametrize("tokens", [1, 5, 131])
-@pytest.mark.parametrize("function", [mxfp4.moe, moe_reference])
+@pytest.mark.parametrize(
+    ("function", "tokens"), [(mxfp4.moe, 1), (mxfp4.moe, 5), (mxfp4.moe, 131), (moe_reference, 5)]
+)
 def test_values_are_those_of_the_formula(function: Callable[..., Any], tokens: int, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         args = inputs(tokens, dtype)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int32, Integer
 
 from tensorport.kernels.grouping import chunk_by_expert
 from tensorport.kernels.mxfp4_expert_matmul.configs import Config
+from tensorport.kernels.registry import Device
 from tensorport.kernels.tiles import accumulator_dtype, product, transposed_product
 from tensorport.mxfp4.types import MXFP4Array
 
@@ -36,7 +37,7 @@ def _by_expert(
     out = jnp.full((tokens, columns), jnp.nan, accumulator_dtype(x.dtype))
     if not tokens or not w.shape[0]:
         return out.astype(x.dtype)
-    config = Config.choose(tokens, *w.shape)
+    config = Config.choose(Device.of(x, w), tokens, w.shape[0])
     chunks = chunk_by_expert(expert_ids, w.shape[0], config.block_m)
 
     def step(number: Int32[Array, ""], out: Float[Array, "t columns"]) -> Float[Array, "t columns"]:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int32, Integer
 from tensorport.kernels.grouping import Chunks, chunk_by_expert
 from tensorport.kernels.mxfp4_moe.configs import Config
 from tensorport.kernels.mxfp4_moe.types import Activation, Experts
+from tensorport.kernels.registry import Device
 from tensorport.kernels.swiglu import clamped_swiglu
 from tensorport.kernels.tiles import accumulator_dtype, product, transposed_product
 
@@ -25,7 +26,7 @@ def moe(
     out = jnp.zeros(x.shape, dtype)
     if not router_indices.size:
         return out.astype(x.dtype)
-    config, chunks = _grouped(router_indices, experts)
+    config, chunks = _grouped(x, router_indices, experts)
     weights = router_weights.reshape(-1).astype(dtype)
 
     def step(number: Int32[Array, ""], out: Float[Array, "t h"]) -> Float[Array, "t h"]:
@@ -58,7 +59,7 @@ def moe_gradients(
     weights = router_weights.reshape(-1).astype(dtype)
     shapes = (x.shape, weights.shape, experts.gate_up_bias.shape, experts.down_bias.shape)
     sums = tuple(jnp.zeros(shape, dtype) for shape in shapes)
-    config, chunks = _grouped(router_indices, experts)
+    config, chunks = _grouped(x, router_indices, experts)
 
     def step(number: Int32[Array, ""], sums: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         dx, dweights, dgate_up_bias, ddown_bias = sums
@@ -91,7 +92,9 @@ def moe_gradients(
     )
 
 
-def _grouped(router_indices: Integer[Array, "t k"], experts: Experts) -> tuple[Config, Chunks]:
+def _grouped(
+    x: Float[Array, "t h"], router_indices: Integer[Array, "t k"], experts: Experts
+) -> tuple[Config, Chunks]:
     """Pairs by expert: pair number t * k + i is the i-th choice of token t."""
-    config = Config.choose(router_indices.size, *experts.gate_up.shape)
+    config = Config.choose(Device.of(x, experts), router_indices.size, experts.gate_up.shape[0])
     return config, chunk_by_expert(router_indices.reshape(-1), experts.gate_up.shape[0], config.block_m)
