@@ -111,9 +111,9 @@ def quantization_error(
 def error_between(x: Any, w: MXFP4Array) -> QuantizationError:
     """What codes and scales have lost of the array that they were made of.
 
-    Values and codes become float64 without rounding. Squared errors of sources of up to 32 bits are exact but where
-    values are more than 2 ** 25 times smaller than their scale; all sums are within some units in the last place of
-    float64. A code that stands for NaN where `x` is finite counts as an infinite error.
+    Values and codes become float64 without rounding, and are subtracted, squared and summed in it: mse has a relative
+    error below 1e-14, sqnr_db an absolute one below 1e-12. A code that stands for NaN where `x` is finite counts as an
+    infinite error.
 
     Args:
         x: bfloat16, float16, float32 or float64 [..., K]: NumPy, or a jax.Array that this process holds whole.
