@@ -1,13 +1,12 @@
 """Named leaves as pytrees: nested dicts, flat dicts, or the structure of a target that they must fit."""
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from tensorport.errors import MappingError
+from tensorport.leaf_names import named_leaves
 from tensorport.leaves import Leaf
 from tensorport.mxfp4.types import MXFP4Array
 from tensorport.reports import printable
@@ -66,14 +65,10 @@ class Target:
 
     def __init__(self, tree: Any) -> None:
         """Looks at the structure; touches no array."""
-        variables = {path for path, leaf in _flatten(tree, _is_nnx_variable) if _is_nnx_variable(leaf)}
-        self._leaves = []
-        self._names = []
-        for path, leaf in _flatten(tree, lambda node: isinstance(node, MXFP4Array)):
-            ends = [end for end in range(len(path) + 1) if path[:end] in variables]
-            self._names.append(".".join(map(_key_text, path[: ends[0]] if ends else path)))
-            self._leaves.append(leaf)
-        self._treedef = jax.tree_util.tree_structure(tree, is_leaf=lambda node: isinstance(node, MXFP4Array))
+        named = named_leaves(tree, _is_mxfp4)
+        self._names = [name for name, _ in named]
+        self._leaves = [leaf for _, leaf in named]
+        self._treedef = jax.tree.structure(tree, is_leaf=_is_mxfp4)
 
     def wanted(self) -> dict[str, Any]:
         """The leaves to fill, by name."""
@@ -128,29 +123,12 @@ class Target:
         return jax.tree_util.tree_unflatten(self._treedef, leaves)
 
 
-def _flatten(tree: Any, is_leaf: Callable[[Any], bool]) -> list[tuple[tuple[Any, ...], Any]]:
-    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]
-
-
-def _is_nnx_variable(node: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")
-    return nnx is not None and isinstance(node, nnx.Variable)
+def _is_mxfp4(node: Any) -> bool:
+    return isinstance(node, MXFP4Array)
 
 
 def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, MXFP4Array) or (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
-
-
-def _key_text(key: Any) -> str:
-    match key:
-        case DictKey(key=name) | FlattenedIndexKey(key=name):
-            return str(name)
-        case GetAttrKey(name=name):
-            return str(name)
-        case SequenceKey(idx=index):
-            return str(index)
-        case _:
-            return str(key)
+    return _is_mxfp4(leaf) or (hasattr(leaf, "shape") and hasattr(leaf, "dtype"))
 
 
 def _described(leaf: Any) -> str:

@@ -16,6 +16,9 @@ except ImportError as fault:
 
 from tensorport.mxfp4.types import MX_BLOCK_SIZE, MXFP4Array  # isort: skip - the ops below are made of these
 from tensorport.mxfp4.codec import dequantize, fake_quantize, quantize  # isort: skip
+from tensorport.mxfp4.error import QuantizationError, error_between, quantization_error  # isort: skip
+from tensorport.mxfp4.params import quantize_params  # isort: skip
+from tensorport.mxfp4.report import QuantizationReport  # isort: skip
 from tensorport.kernels.mxfp4_expert_matmul.api import expert_matmul
 from tensorport.kernels.mxfp4_matmul.api import matmul
 from tensorport.kernels.mxfp4_moe.api import moe
@@ -23,10 +26,15 @@ from tensorport.kernels.mxfp4_moe.api import moe
 __all__ = [
     "MX_BLOCK_SIZE",
     "MXFP4Array",
+    "QuantizationError",
+    "QuantizationReport",
     "dequantize",
+    "error_between",
     "expert_matmul",
     "fake_quantize",
     "matmul",
     "moe",
+    "quantization_error",
     "quantize",
+    "quantize_params",
 ]
