@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,16 @@ SAFETENSORS_DTYPES: dict[str, tuple[Any, int]] = {
 }
 
 _TAGS = {np.dtype(dtype): tag for tag, (dtype, _) in SAFETENSORS_DTYPES.items()}
+
+
+@pytest.fixture(autouse=True)
+def _strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In tests of kernels nothing is promoted or broadcast that nobody wrote down."""
+    if request.path.parent.name != "kernels":
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture(scope="session")

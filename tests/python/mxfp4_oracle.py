@@ -13,7 +13,7 @@ def decode(blocks: Array, scales: Array) -> Array:
     """The values in float64 [..., 32 G], where all of them are exact and finite but the NaNs."""
     codes = np.stack([blocks & 15, blocks >> 4], axis=-1).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
     scale = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
-    values = codes.reshape(*scales.shape, 32) * scale[..., None]
+    values: Array = codes.reshape(*scales.shape, 32) * scale[..., None]
     return values.reshape(*scales.shape[:-1], 32 * scales.shape[-1])
 
 
@@ -41,7 +41,7 @@ def encode(x: Array, scale_rule: str = "floor") -> tuple[Array, Array]:
 
 
 def hard_values(dtype: Any, seed: int = 0) -> Array:
-    """Blocks [n, 32] of a float dtype that hold what goes wrong: all exponents, ties, zeros, subnormals, NaN, infinity."""
+    """Blocks [n, 32] of what goes wrong: all exponents, ties, zeros, subnormals, NaN, infinities."""
     dtype, rng = np.dtype(dtype), np.random.default_rng(seed)
     unsigned = np.dtype(f"u{dtype.itemsize}")
     top = 2 ** (8 * dtype.itemsize)
@@ -54,10 +54,10 @@ def hard_values(dtype: Any, seed: int = 0) -> Array:
         block[:, 0] = rng.choice([4, 5, 6, 6.0625, 6.9375, 7, 7.0625, 7.9375], 300)
         scaled = (block * np.ldexp(1.0, rng.integers(-135, 128, 300))[:, None]).astype(dtype)
         magnitudes = (rng.standard_normal((300, 32)) * np.exp(rng.uniform(-80, 60, (300, 1)))).astype(dtype)
-    special = np.zeros((8, 32), dtype)
+    special, info = np.zeros((8, 32), dtype), ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     special[1] = -special[1]
     special[2, 5], special[3, 7], special[4, 31], special[5, 0] = np.nan, np.inf, -np.inf, -np.nan
-    special[4, 2], special[4, 3], special[5, 1] = 1, ml_dtypes.finfo(dtype).max, np.inf
-    special[6] = ml_dtypes.finfo(dtype).max
-    special[7] = ml_dtypes.finfo(dtype).smallest_subnormal
+    special[4, 2], special[4, 3], special[5, 1] = 1, info.max, np.inf
+    special[6] = info.max
+    special[7] = info.smallest_subnormal
     return np.concatenate([random_bits, subnormal, scaled, magnitudes, special])

@@ -32,7 +32,8 @@ def to_leaves(request: pytest.FixtureRequest) -> Callable[[Any], Any]:
 
 def bits(array: Any) -> Array:
     array = np.asarray(array)
-    return array.view(f"u{array.dtype.itemsize}")
+    as_integers: Array = array.view(f"u{array.dtype.itemsize}")
+    return as_integers
 
 
 def every_code_under_every_scale() -> tuple[Array, Array]:
@@ -74,9 +75,7 @@ def test_scales_up_to_252_are_finite_and_exact(dtype: Any) -> None:
 
 @pytest.mark.parametrize("leading", [(), (5,), (0,), (3, 7, 2)])
 @pytest.mark.parametrize("groups", [1, 9, 0])
-def test_any_shape_decodes_and_encodes(
-    to_leaves: Callable[[Any], Any], leading: tuple[int, ...], groups: int
-) -> None:
+def test_any_shape_decodes_and_encodes(to_leaves: Callable[[Any], Any], leading: tuple[int, ...], groups: int) -> None:
     rng = np.random.default_rng(1)
     blocks = rng.integers(0, 256, (*leading, groups, 16), dtype=np.uint8)
     scales = rng.integers(100, 150, (*leading, groups), dtype=np.uint8)
@@ -133,9 +132,7 @@ def test_both_paths_give_the_same_bits_and_jit_changes_nothing() -> None:
 
 def test_quantizing_what_is_mxfp4_already_loses_nothing(to_leaves: Callable[[Any], Any]) -> None:
     rng = np.random.default_rng(4)
-    w = MXFP4Array(
-        rng.integers(0, 256, (37, 3, 16), dtype=np.uint8), rng.integers(0, 253, (37, 3)).astype(np.uint8)
-    )
+    w = MXFP4Array(rng.integers(0, 256, (37, 3, 16), dtype=np.uint8), rng.integers(0, 253, (37, 3)).astype(np.uint8))
     for rule in RULES:
         dense = to_leaves(w.dequantize())
         again: Any = mxfp4.quantize(dense, scale_rule=rule)  # type: ignore[arg-type]
@@ -149,7 +146,8 @@ def test_ceil_never_saturates_and_nearest_brings_the_largest_out_best() -> None:
 
     def error_of_largest(rule: Any) -> Array:
         dense = np.asarray(mxfp4.quantize(x, scale_rule=rule).dequantize(np.float64))
-        return np.abs(np.abs(dense[np.arange(500), place]) - amax)
+        error: Array = np.abs(np.abs(dense[np.arange(500), place]) - amax)
+        return error
 
     by_rule = {rule: error_of_largest(rule) for rule in RULES}
     assert np.all(by_rule["nearest"] <= np.minimum(by_rule["floor"], by_rule["ceil"]))
@@ -190,8 +188,8 @@ class TestStochastic:
     @pytest.mark.parametrize("value", [0.1, 0.5, 0.9, 1.3, 1.75, 2.25, 3.9, 4.5, 5.9, -2.7, -0.3])
     def test_values_become_one_of_their_neighbours_with_the_right_expectation(self, value: float) -> None:
         found = self.quantized(value, 6.0)
-        below = MAGNITUDES[MAGNITUDES <= abs(value)].max()
-        above = MAGNITUDES[MAGNITUDES >= abs(value)].min()
+        below = MAGNITUDES[abs(value) >= MAGNITUDES].max()
+        above = MAGNITUDES[abs(value) <= MAGNITUDES].min()
         assert set(np.unique(np.abs(found))) <= {below, above}
         assert np.all(np.sign(found) * np.sign(value) >= 0)
         # Six standard deviations of the mean of so many coins.

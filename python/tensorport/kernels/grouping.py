@@ -16,10 +16,10 @@ class Chunks(NamedTuple):
     Attributes:
         order: the sorted rows: positions in `expert_ids`, first those of expert 0. Rows with an id that no expert has
             stand last and in no chunk.
-        expert: for each chunk its expert; what stands behind `count` chunks means nothing.
+        expert: for each chunk its expert; what stands behind `total` chunks means nothing.
         start: for each chunk its first row in `order`.
         stop: for each chunk the row behind its last.
-        count: number of chunks.
+        total: number of chunks.
         is_valid: for each of the unsorted rows, whether there is such an expert.
     """
 
@@ -27,7 +27,7 @@ class Chunks(NamedTuple):
     expert: Int32[Array, " chunks"]
     start: Int32[Array, " chunks"]
     stop: Int32[Array, " chunks"]
-    count: Int32[Array, ""]
+    total: Int32[Array, ""]
     is_valid: Bool[Array, " rows"]
 
     def rows(self, number: Int32[Array, ""], block_m: int) -> tuple[Int32[Array, " block_m"], Bool[Array, " block_m"]]:
@@ -47,7 +47,7 @@ def rows_of_chunk(rows: int, num_experts: int) -> int:
 
 
 def chunk_by_expert(expert_ids: Integer[Array, " rows"], num_experts: int, block_m: int) -> Chunks:
-    """Groups rows by expert and divides each group into chunks; experts without rows get none. Takes at least one expert."""
+    """Groups rows by expert and divides each group into chunks. Takes at least one expert."""
     (rows,) = expert_ids.shape
     is_valid = (expert_ids >= 0) & (expert_ids < num_experts)
     ids = jnp.where(is_valid, expert_ids, num_experts).astype(jnp.int32)

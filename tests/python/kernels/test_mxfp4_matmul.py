@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from kernels.mxfp4_cases import assert_close, float64, random_array, random_weights
+from mxfp4_cases import assert_close, float64, random_array, random_weights, temporary_bytes
 from tensorport import mxfp4
 from tensorport.kernels.mxfp4_matmul import reference, scaled_dot, xla
 from tensorport.kernels.registry import Device
@@ -33,9 +33,7 @@ K = 96
         (reference.matmul, (3, 11), 7),
     ],
 )
-def test_values_are_those_of_float64(
-    function: Callable[..., Any], batch: tuple[int, ...], n: int, dtype: str
-) -> None:
+def test_values_are_those_of_float64(function: Callable[..., Any], batch: tuple[int, ...], n: int, dtype: str) -> None:
     w = random_weights(n, K)
     dense = oracle.decode(np.asarray(w.blocks), np.asarray(w.scales))
     with jax.enable_x64(dtype == "float64"):
@@ -146,20 +144,17 @@ def test_shard_map_over_rows_needs_nothing_from_other_devices() -> None:
     placed = jax.device_put(w, NamedSharding(mesh, P("x")))
     np.testing.assert_allclose(np.asarray(sharded(x, placed)), np.asarray(mxfp4.matmul(x, w)), rtol=1e-5, atol=1e-5)
     compiled = sharded.lower(x, placed).compile().as_text()
-    assert not re.search("all-gather|all-reduce|collective-permute", compiled)
+    assert not re.search("all-gather|all-reduce|collective-permute", str(compiled))
 
 
 def test_no_dense_copy_of_the_matrix_is_made() -> None:
     """The head of gpt-oss-20b: 1.2 GB in bfloat16."""
-    w = MXFP4Array(
-        jax.ShapeDtypeStruct((201088, 90, 16), np.uint8), jax.ShapeDtypeStruct((201088, 90), np.uint8)
-    )
+    w = MXFP4Array(jax.ShapeDtypeStruct((201088, 90, 16), np.uint8), jax.ShapeDtypeStruct((201088, 90), np.uint8))
     for dtype in (jnp.bfloat16, jnp.float32):
         x = jax.ShapeDtypeStruct((4, 2880), dtype)
-        memory = jax.jit(mxfp4.matmul).lower(x, w).compile().memory_analysis()
-        assert memory.temp_size_in_bytes < 32_000_000
+        assert temporary_bytes(jax.jit(mxfp4.matmul), x, w) < 32_000_000
         gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(mxfp4.matmul(x, w).astype(jnp.float32) ** 2)))
-        assert gradient.lower(x, w).compile().memory_analysis().temp_size_in_bytes < 64_000_000
+        assert temporary_bytes(gradient, x, w) < 64_000_000
 
 
 class TestScaledDot:
@@ -192,7 +187,13 @@ class TestScaledDot:
     def test_the_self_check_passes_where_the_product_is_right_also_while_tracing(self) -> None:
         assert scaled_dot.self_check() is None
         told: list[Any] = []
-        jax.jit(lambda x: (told.append(scaled_dot.self_check()), x)[1])(jnp.zeros(3))
+
+        @jax.jit
+        def traced(x: Any) -> Any:
+            told.append(scaled_dot.self_check())
+            return x
+
+        traced(jnp.zeros(3))
         assert told == [None]
 
     @pytest.mark.parametrize("fault", ["dropped scales", "wrong nibbles", "nan"])
@@ -209,9 +210,7 @@ class TestScaledDot:
         monkeypatch.setattr(scaled_dot, "matmul", wrong)
         assert "self-check failed (found a relative error of" in str(scaled_dot.self_check())
 
-    def test_a_failed_self_check_refuses_once_and_for_all_and_warns_once(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_failed_self_check_refuses_once_and_for_all_and_warns_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         device = Device("gpu", "NVIDIA B300", (10, 3))
         monkeypatch.setattr(scaled_dot, "self_check", lambda: "its self-check failed (made up)")
         w, x = random_weights(5, K), random_array(2, K, dtype=jnp.bfloat16)

@@ -13,7 +13,7 @@ import mxfp4_oracle as oracle
 import numpy as np
 import pytest
 import tensorport
-from kernels.mxfp4_cases import float64, random_array, random_weights
+from mxfp4_cases import float64, random_array, random_weights, temporary_bytes
 from numpy.typing import NDArray
 from tensorport import mxfp4
 from tensorport.kernels.mxfp4_moe import reference
@@ -53,7 +53,8 @@ def expected(args: tuple[Any, ...], limit: float = 7.0, alpha: float = 1.702) ->
 
 
 def moe_reference(*args: Any, limit: float = 7.0, alpha: float = 1.702) -> Any:
-    return reference.moe(*args[:3], Experts(*args[3:]), Activation(limit, alpha))
+    x, chosen, weights, *experts = args
+    return reference.moe(x, chosen, weights, Experts(*experts), Activation(limit, alpha))
 
 
 TOLERANCE = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 1e-5, "float64": 1e-12}
@@ -61,9 +62,7 @@ TOLERANCE = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 1e-5, "float64": 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-@pytest.mark.parametrize(
-    ("function", "tokens"), [(mxfp4.moe, 1), (mxfp4.moe, 5), (mxfp4.moe, 131), (moe_reference, 5)]
-)
+@pytest.mark.parametrize(("function", "tokens"), [(mxfp4.moe, 1), (mxfp4.moe, 5), (mxfp4.moe, 131), (moe_reference, 5)])
 def test_values_are_those_of_the_formula(function: Callable[..., Any], tokens: int, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         args = inputs(tokens, dtype)
@@ -99,7 +98,7 @@ def test_a_token_with_an_index_that_no_expert_has_becomes_nan_and_no_other() -> 
 
 
 def test_nan_in_one_token_stays_there() -> None:
-    args = list(inputs(6))
+    args: list[Any] = list(inputs(6))
     args[0] = args[0].at[2, 3].set(jnp.nan)
     found = np.asarray(mxfp4.moe(*args))
     assert np.isnan(found[2]).all()
@@ -122,9 +121,7 @@ def test_gradients_are_those_of_finite_differences(tokens: int) -> None:
         frozen = args[1], args[3], args[5]
 
         def loss(x: Any, weights: Any, gate_up_bias: Any, down_bias: Any) -> Any:
-            return jnp.sum(
-                mxfp4.moe(x, frozen[0], weights, frozen[1], gate_up_bias, frozen[2], down_bias) * direction
-            )
+            return jnp.sum(mxfp4.moe(x, frozen[0], weights, frozen[1], gate_up_bias, frozen[2], down_bias) * direction)
 
         trained = args[0], args[2], args[4], args[6]
         gradients = jax.grad(loss, (0, 1, 2, 3))(*trained)
@@ -162,6 +159,7 @@ def test_codes_have_no_gradient() -> None:
     gradients = jax.vjp(mxfp4.moe, *args)[1](args[0])
     for number in (1, 3, 5):
         assert {leaf.dtype for leaf in jax.tree.leaves(gradients[number])} == {jax.dtypes.float0}
+
     # The gradient goes on to the logits of a router.
     def loss(logits: Any) -> Any:
         weights, chosen = jax.lax.top_k(logits, CHOICES)
@@ -220,15 +218,15 @@ def model_config(folder: Path) -> dict[str, Any]:
 
 
 def test_values_are_those_of_transformers_on_torch(golden_hf: Path) -> None:
-    torch = pytest.importorskip("torch", reason="needs torch and transformers")
-    modeling = pytest.importorskip(
+    torch: Any = pytest.importorskip("torch", reason="needs torch and transformers")
+    modeling: Any = pytest.importorskip(
         "transformers.models.gpt_oss.modeling_gpt_oss", reason="needs torch and transformers"
     )
     configuration = pytest.importorskip("transformers.models.gpt_oss.configuration_gpt_oss")
     experts = tensorport.load_params(golden_hf)["model"]["layers"]["1"]["mlp"]["experts"]
     tensors = tensorport.open(golden_hf)
     config = configuration.GptOssConfig(**model_config(golden_hf))
-    mlp = modeling.GptOssMLP(config).to(torch.float32).eval()
+    mlp: Any = modeling.GptOssMLP(config).to(torch.float32).eval()
     state = {
         "router.weight": tensors["model.layers.1.mlp.router.weight"],
         "router.bias": tensors["model.layers.1.mlp.router.bias"],
@@ -260,9 +258,7 @@ def shapes(num_experts: int, tokens: int, hidden: int = 2880, width: int = 2880)
     shape = jax.ShapeDtypeStruct
 
     def weights(n: int, k: int) -> MXFP4Array:
-        return MXFP4Array(
-            shape((num_experts, n, k // 32, 16), np.uint8), shape((num_experts, n, k // 32), np.uint8)
-        )
+        return MXFP4Array(shape((num_experts, n, k // 32, 16), np.uint8), shape((num_experts, n, k // 32), np.uint8))
 
     return (
         shape((tokens, hidden), jnp.bfloat16),
@@ -278,12 +274,7 @@ def shapes(num_experts: int, tokens: int, hidden: int = 2880, width: int = 2880)
 @pytest.mark.parametrize("tokens", [1, 2048])
 def test_memory_is_bounded_and_does_not_grow_with_the_number_of_experts(tokens: int) -> None:
     """A layer of gpt-oss at full width: its experts are 1.6 GB in bfloat16 for 32 of them, and 6.4 GB for 128."""
-
-    def temporary_bytes(num_experts: int) -> int:
-        compiled = jax.jit(mxfp4.moe).lower(*shapes(num_experts, tokens)).compile()
-        return int(compiled.memory_analysis().temp_size_in_bytes)
-
-    few, many = temporary_bytes(32), temporary_bytes(128)
+    few, many = (temporary_bytes(jax.jit(mxfp4.moe), *shapes(num_experts, tokens)) for num_experts in (32, 128))
     # Biases in float32.
     assert many <= few + 96 * 3 * 2880 * 4 + 100_000
     # The output in float32, twice; a chunk between the layers; a tile.
@@ -291,21 +282,11 @@ def test_memory_is_bounded_and_does_not_grow_with_the_number_of_experts(tokens: 
 
 
 def test_gradients_keep_nothing_between_the_layers() -> None:
-    args = shapes(32, 2048)
+    def loss(*args: Any) -> Any:
+        return jnp.sum(mxfp4.moe(*args).astype(jnp.float32))
 
-    def loss(x: Any, weights: Any, gate_up_bias: Any, down_bias: Any) -> Any:
-        return jnp.sum(
-            mxfp4.moe(x, args_[1], weights, args_[3], gate_up_bias, args_[5], down_bias).astype(jnp.float32)
-        )
-
-    def gradient(*args: Any) -> Any:
-        nonlocal args_
-        args_ = args
-        return jax.grad(loss, (0, 1, 2, 3))(args[0], args[2], args[4], args[6])
-
-    args_: tuple[Any, ...] = ()
-    memory = jax.jit(gradient).lower(*args).compile().memory_analysis()
-    assert memory.temp_size_in_bytes <= 5 * 2048 * 2880 * 4 + 60_000_000
+    gradient = jax.jit(jax.grad(loss, (0, 2, 4, 6)))
+    assert temporary_bytes(gradient, *shapes(32, 2048)) <= 5 * 2048 * 2880 * 4 + 60_000_000
 
 
 def wrong(number: int, value: Any) -> Callable[[], Any]:

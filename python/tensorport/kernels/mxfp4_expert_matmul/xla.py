@@ -15,17 +15,15 @@ from tensorport.mxfp4.types import MXFP4Array
 __all__ = ["expert_matmul", "expert_matmul_transposed"]
 
 
-def expert_matmul(
-    x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"]
-) -> Float[Array, "t n"]:
-    """x [T, K] . w[expert_ids] [T, N, K] -> [T, N]."""
+def expert_matmul(x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"]) -> Float[Array, "t n"]:
+    """X [T, K] . w[expert_ids] [T, N, K] -> [T, N]."""
     return _by_expert(product, x, w, expert_ids, w.shape[1])
 
 
 def expert_matmul_transposed(
     g: Float[Array, "t n"], w: MXFP4Array, expert_ids: Integer[Array, " t"]
 ) -> Float[Array, "t k"]:
-    """g [T, N] . w[expert_ids] [T, N, K] -> [T, K]: the gradient of expert_matmul with respect to x."""
+    """G [T, N] . w[expert_ids] [T, N, K] -> [T, K]: the gradient of expert_matmul with respect to x."""
     return _by_expert(transposed_product, g, w, expert_ids, w.shape[2])
 
 
@@ -45,4 +43,5 @@ def _by_expert(
         rows = multiply(x[token], w, chunks.expert[number], block_n=config.block_n)
         return out.at[jnp.where(is_there, token, tokens)].set(rows, mode="drop")
 
-    return jax.lax.fori_loop(jnp.int32(0), chunks.count, step, out).astype(x.dtype)
+    rounded: Array = jax.lax.fori_loop(jnp.int32(0), chunks.total, step, out).astype(x.dtype)
+    return rounded

@@ -25,7 +25,7 @@ _CHECKED_SHAPE = 48, 160, 256  # M, N, K: more than one tile, none a power of tw
 
 
 def matmul(x: Float[Array, "*batch k"], w: MXFP4Array) -> Float[Array, "*batch n"]:
-    """x [..., K] . w [N, K] -> [..., N]."""
+    """X [..., K] . w [N, K] -> [..., N]."""
     *batch, k = x.shape
     codes = jax.lax.bitcast_convert_type(w.blocks, jnp.float4_e2m1fn)  # the low nibble first, as in the blocks
     out = jax.lax.scaled_dot(
@@ -35,7 +35,8 @@ def matmul(x: Float[Array, "*batch k"], w: MXFP4Array) -> Float[Array, "*batch n
         dimension_numbers=(((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
-    return out.astype(x.dtype).reshape(*batch, w.shape[0])
+    rounded: Array = out.astype(x.dtype)
+    return rounded.reshape(*batch, w.shape[0])
 
 
 def refuses(device: Device, x: Any, w: Any) -> str | None:

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from tensorport.kernels.mxfp4_matmul.configs import Config
@@ -16,12 +14,12 @@ __all__ = ["matmul", "matmul_transposed"]
 
 
 def matmul(x: Float[Array, "*batch k"], w: MXFP4Array) -> Float[Array, "*batch n"]:
-    """x [..., K] . w [N, K] -> [..., N]."""
+    """X [..., K] . w [N, K] -> [..., N]."""
     return _over_rows(product, x, w, w.shape[0])
 
 
 def matmul_transposed(g: Float[Array, "*batch n"], w: MXFP4Array) -> Float[Array, "*batch k"]:
-    """g [..., N] . w [N, K] -> [..., K]: the gradient of matmul with respect to x."""
+    """G [..., N] . w [N, K] -> [..., K]: the gradient of matmul with respect to x."""
     return _over_rows(transposed_product, g, w, w.shape[1])
 
 

@@ -38,12 +38,12 @@ def moe(
         y = product(a, experts.down, expert, block_n=config.block_n) + experts.down_bias[expert, None].astype(dtype)
         return out.at[token].add(jnp.where(is_there[:, None], y * weights[pair][:, None], 0))
 
-    out = jax.lax.fori_loop(jnp.int32(0), chunks.count, step, out)
+    out = jax.lax.fori_loop(jnp.int32(0), chunks.total, step, out)
     is_valid = jnp.all(chunks.is_valid.reshape(router_indices.shape), axis=1)
     return jnp.where(is_valid[:, None], out, jnp.nan).astype(x.dtype)
 
 
-def moe_gradients(
+def moe_gradients(  # noqa: PLR0917 - the arguments of moe in their order
     g: Float[Array, "t h"],
     x: Float[Array, "t h"],
     router_indices: Integer[Array, "t k"],
@@ -82,7 +82,7 @@ def moe_gradients(
         )
 
     if router_indices.size:
-        sums = jax.lax.fori_loop(jnp.int32(0), chunks.count, step, sums)
+        sums = jax.lax.fori_loop(jnp.int32(0), chunks.total, step, sums)
     dx, dweights, dgate_up_bias, ddown_bias = sums
     return (
         dx.astype(x.dtype),
@@ -92,9 +92,7 @@ def moe_gradients(
     )
 
 
-def _grouped(
-    x: Float[Array, "t h"], router_indices: Integer[Array, "t k"], experts: Experts
-) -> tuple[Config, Chunks]:
+def _grouped(x: Float[Array, "t h"], router_indices: Integer[Array, "t k"], experts: Experts) -> tuple[Config, Chunks]:
     """Pairs by expert: pair number t * k + i is the i-th choice of token t."""
     config = Config.choose(Device.of(x, experts), router_indices.size, experts.gate_up.shape[0])
     return config, chunk_by_expert(router_indices.reshape(-1), experts.gate_up.shape[0], config.block_m)

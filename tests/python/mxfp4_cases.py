@@ -25,6 +25,11 @@ def random_array(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> Any:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
+def temporary_bytes(jitted: Any, *shapes: Any) -> int:
+    """What a jitted function takes beside its arguments and results."""
+    return int(jitted.lower(*shapes).compile().memory_analysis().temp_size_in_bytes)
+
+
 def float64(array: Any) -> NDArray[np.float64]:
     return np.asarray(array).astype(np.float64)
 
