@@ -170,7 +170,7 @@ def test_codes_have_no_gradient() -> None:
 
 def test_jit_and_vmap_change_nothing() -> None:
     first, second = inputs(5, seed=0), inputs(5, seed=20)
-    batch = [jnp.stack([a, b]) for a, b in zip(first[:3], second[:3], strict=True)]
+    batch: list[Any] = [jnp.stack([a, b]) for a, b in zip(first[:3], second[:3], strict=True)]
     found = jax.vmap(mxfp4.moe, (0, 0, 0, None, None, None, None))(*batch, *first[3:])
     jitted = jax.jit(partial(mxfp4.moe, implementation="xla"))
     for index, args in enumerate((first, second)):
@@ -255,7 +255,7 @@ def test_values_are_those_of_transformers_on_torch(golden_hf: Path) -> None:
 
 def shapes(num_experts: int, tokens: int, hidden: int = 2880, width: int = 2880) -> tuple[Any, ...]:
     """Shapes of a layer of gpt-oss."""
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
 
     def weights(n: int, k: int) -> MXFP4Array:
         return MXFP4Array(shape((num_experts, n, k // 32, 16), np.uint8), shape((num_experts, n, k // 32), np.uint8))
