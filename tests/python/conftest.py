@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,20 @@ import numpy as np
 import pytest
 import tensorport
 from arrays import random_array
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in signatures are checked in every call, where modules have no arguments of users to refuse by name.
+CHECKED_MODULES = [
+    "tensorport.kernels.grouping",
+    "tensorport.kernels.swiglu",
+    "tensorport.kernels.tiles",
+    *(
+        f"tensorport.kernels.{op}.{module}"
+        for op in ("mxfp4_matmul", "mxfp4_expert_matmul", "mxfp4_moe")
+        for module in ("reference", "xla", "scaled_dot", "types", "configs")
+    ),
+]
+install_import_hook(CHECKED_MODULES, "beartype.beartype")
 
 # Before the first test starts the backend: shardings need devices to spread over.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -47,6 +61,16 @@ SAFETENSORS_DTYPES: dict[str, tuple[Any, int]] = {
 }
 
 _TAGS = {np.dtype(dtype): tag for tag, (dtype, _) in SAFETENSORS_DTYPES.items()}
+
+
+@pytest.fixture(autouse=True)
+def _strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In tests of kernels nothing is promoted or broadcast that nobody wrote down."""
+    if request.path.parent.name != "kernels":
+        yield
+        return
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
 
 
 @pytest.fixture(scope="session")

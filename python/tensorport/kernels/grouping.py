@@ -5,7 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, Integer
 
-__all__ = ["Chunks", "chunk_by_expert"]
+__all__ = ["Chunks", "chunk_by_expert", "rows_of_chunk"]
+
+_MOST_ROWS = 256  # enough that decoding is small beside multiplying, and a chunk between two layers is a few MB
 
 
 class Chunks(NamedTuple):
@@ -14,10 +16,10 @@ class Chunks(NamedTuple):
     Attributes:
         order: the sorted rows: positions in `expert_ids`, first those of expert 0. Rows with an id that no expert has
             stand last and in no chunk.
-        expert: for each chunk its expert; what stands behind `count` chunks means nothing.
+        expert: for each chunk its expert; what stands behind `total` chunks means nothing.
         start: for each chunk its first row in `order`.
         stop: for each chunk the row behind its last.
-        count: number of chunks.
+        total: number of chunks.
         is_valid: for each of the unsorted rows, whether there is such an expert.
     """
 
@@ -25,7 +27,7 @@ class Chunks(NamedTuple):
     expert: Int32[Array, " chunks"]
     start: Int32[Array, " chunks"]
     stop: Int32[Array, " chunks"]
-    count: Int32[Array, ""]
+    total: Int32[Array, ""]
     is_valid: Bool[Array, " rows"]
 
     def rows(self, number: Int32[Array, ""], block_m: int) -> tuple[Int32[Array, " block_m"], Bool[Array, " block_m"]]:
@@ -34,8 +36,18 @@ class Chunks(NamedTuple):
         return self.order[jnp.minimum(place, len(self.order) - 1)], place < self.stop[number]
 
 
+def rows_of_chunk(rows: int, num_experts: int) -> int:
+    """A size of chunks for so many rows: twice an even share of an expert, as a power of two.
+
+    A chunk decodes its expert's matrices once, which costs as much as multiplying some 16 rows; a row that is not there
+    costs as much as one that is.
+    """
+    share = -(-2 * rows // num_experts)
+    return min(_MOST_ROWS, rows, max(16, 1 << (share - 1).bit_length())) if rows > num_experts else min(rows, 4)
+
+
 def chunk_by_expert(expert_ids: Integer[Array, " rows"], num_experts: int, block_m: int) -> Chunks:
-    """Groups rows by expert and divides each group into chunks; experts without rows get none."""
+    """Groups rows by expert and divides each group into chunks. Takes at least one expert."""
     (rows,) = expert_ids.shape
     is_valid = (expert_ids >= 0) & (expert_ids < num_experts)
     ids = jnp.where(is_valid, expert_ids, num_experts).astype(jnp.int32)

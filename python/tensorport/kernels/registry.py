@@ -44,7 +44,8 @@ class Device:
         for leaf in jax.tree.leaves(arrays):
             if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
                 return cls._from(next(iter(leaf.devices())))
-        default = jax.config.jax_default_device
+        config: Any = jax.config  # typed without its options
+        default = config.jax_default_device
         if isinstance(default, str):
             return cls._from(jax.local_devices(backend=default)[0])
         return cls._from(default if default is not None else jax.local_devices()[0])
@@ -121,7 +122,9 @@ class Op:
         explanation = self.explain(implementation, *args)
         if explanation.implementation is not None:
             return self.implementations[explanation.implementation]
-        reasons = explanation.reasons if implementation == "auto" else {implementation: explanation.reasons[implementation]}
+        reasons = (
+            explanation.reasons if implementation == "auto" else {implementation: explanation.reasons[implementation]}
+        )
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NotImplementedError(f"{self.name} on {explanation.device}: {told}")
 
@@ -129,9 +132,7 @@ class Op:
         """As :func:`explain`, for arguments in the order in which implementations take them."""
         names = ImplementationName.__args__  # type: ignore[attr-defined]
         if implementation not in names:
-            raise ValueError(
-                f"implementation: found {implementation!r}, expected one of {', '.join(map(repr, names))}"
-            )
+            raise ValueError(f"implementation: found {implementation!r}, expected one of {', '.join(map(repr, names))}")
         device = Device.of(*args)
         reasons: dict[str, str | None] = {
             name: known.refuses(device, *args) for name, known in self.implementations.items()

@@ -8,7 +8,7 @@ __all__ = ["clamped_swiglu"]
 
 
 def clamped_swiglu(h: Float[Array, "*batch i2"], *, limit: float, alpha: float) -> Float[Array, "*batch i"]:
-    """gate * sigmoid(alpha * gate) * (up + 1), gate and up interleaved along the last axis, both clamped.
+    """Gate * sigmoid(alpha * gate) * (up + 1), gate and up interleaved along the last axis, both clamped.
 
     Args:
         h: gate in the even places, up in the odd ones.

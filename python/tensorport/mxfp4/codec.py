@@ -44,8 +44,8 @@ def quantize(
 ) -> MXFP4Array:
     """Quantizes an array to MXFP4: blocks of 32 values along the last axis share a power of two.
 
-    NumPy arrays are quantized by the Rust core on all cores, and the result has NumPy leaves; `jax.Array`s (and tracers)
-    by XLA where they are. Both give the same bits.
+    NumPy arrays are quantized by the Rust core on all cores, and the result has NumPy leaves; `jax.Array`s (and
+    tracers) by XLA where they are. Both give the same bits.
 
     Special values. Zeros keep their sign; a block of zeros has scale byte 0. Subnormals are values like any other, in
     every dtype. A NaN makes its block NaN (scale byte 255, codes 0), for E2M1 has none. In a block with an infinity the
@@ -56,9 +56,9 @@ def quantize(
     Args:
         x: bfloat16, float16, float32 or float64 [..., K], K a multiple of 32.
         scale_rule: the exponent of a block's scale is floor(log2(amax)) - 2, where amax is its largest magnitude, and
-            one more under some rules. `floor` (OCP MX v1.0): never; magnitudes above 6 times the scale saturate. `ceil`:
-            where amax is above 6 times the scale, so that nothing saturates. `nearest`: where amax is at least 7 times
-            the scale, so that amax comes out with the least error.
+            one more under some rules. `floor` (OCP MX v1.0): never; magnitudes above 6 times the scale saturate.
+            `ceil`: where amax is above 6 times the scale, so that nothing saturates. `nearest`: where amax is at least
+            7 times the scale: the finest scale under which amax comes out with the least error.
         rounding: of elements to the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6 times the scale: `nearest`, ties to the even
             code, or `stochastic`, up with a probability of 24 bits that is the distance to the neighbour below, so that
             the expectation is the value itself where nothing saturates (use `ceil`).
@@ -88,7 +88,7 @@ def quantize(
     if isinstance(x, np.ndarray):
         if key is None:
             return MXFP4Array(*_host.encode(x, scale_rule))
-        if x.dtype == np.float64 and not jax.config.jax_enable_x64:
+        if x.dtype == np.float64 and not _has_float64():
             raise TypeError("x: found float64, which JAX narrows, expected float32 for stochastic rounding")
         blocks, scales = _encode(jnp.asarray(x), key, scale_rule=scale_rule)
         return MXFP4Array(np.asarray(blocks), np.asarray(scales))
@@ -120,7 +120,7 @@ def dequantize(w: MXFP4Array, dtype: DTypeLike = jnp.bfloat16) -> Any:
         raise ValueError(f"dtype: found {wanted.name}, expected one of {', '.join(FLOATS)}")
     if isinstance(w.blocks, np.ndarray) and isinstance(w.scales, np.ndarray):
         return _host.decode(w.blocks, w.scales, wanted)
-    if wanted == jnp.float64 and not jax.config.jax_enable_x64:
+    if wanted == jnp.float64 and not _has_float64():
         raise ValueError("dtype: found float64 while jax_enable_x64 is off, expected float32")
     return _decode_jitted(w.blocks, w.scales, dtype=wanted)
 
@@ -159,6 +159,11 @@ def _straight_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, A
     return primals[1], tangents[0]
 
 
+def _has_float64() -> bool:
+    """Whether JAX holds float64, or narrows it."""
+    return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
+
+
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, choices))}")
@@ -191,8 +196,8 @@ def _bfloat16_bits(magnitude: Int32[Array, "..."], scale: Int32[Array, "..."]) -
     """bfloat16 bits of a magnitude (a code without its sign) under a scale byte, NaN aside; float32's are these << 16.
 
     Exponent and mantissa of E2M1 stand in a code as in bfloat16, 6 bits lower: from code 2 on the bits are
-    (scale - 1) * 128 + code * 64. Code 1 is the subnormal of E2M1, 0.5, and code 0 is zero. Where the exponent comes out
-    below 1, under scale bytes 0 and 1, the value is a subnormal of bfloat16, in units of 2 ** -133.
+    (scale - 1) * 128 + code * 64. Code 1 is the subnormal of E2M1, 0.5, and code 0 is zero. Where the exponent comes
+    out below 1, under scale bytes 0 and 1, the value is a subnormal of bfloat16, in units of 2 ** -133.
     """
     normal = (scale - 1) * 128 + (magnitude << 6) - jnp.where(magnitude == 1, 64, 0)
     subnormal = (magnitude << 5) << jnp.minimum(scale, 1)

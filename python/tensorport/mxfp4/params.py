@@ -58,7 +58,7 @@ def quantize_params(
         leaves are those of `params`; nothing is copied.
 
     Raises:
-        MappingError: no matrix is quantized.
+        MappingError: no matrix is quantized, or two of them have one name.
         TypeError, ValueError: `where` is none of those or no regular expression, or an option is none of those of
             :func:`quantize`.
     """
@@ -79,6 +79,8 @@ def quantize_params(
                 f"{MX_BLOCK_SIZE}"
             )
             continue
+        if name in tensors:
+            raise MappingError(f"params: found several leaves named {name!r}, expected one of each name")
         own_key = None if key is None else jax.random.fold_in(key, zlib.crc32(name.encode()))
         leaves[-1] = quantize(leaf, scale_rule=scale_rule, rounding=rounding, key=own_key)
         tensors[name] = error_between(leaf, leaves[-1])

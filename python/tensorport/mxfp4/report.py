@@ -116,7 +116,7 @@ class QuantizationReport(_Report):
         return f"{_Report._repr_html_(self)}<table>{table}</table>{hidden}"
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draws the SQNR of every tensor as a bar, the worst on top, with its compression and size beside it.
+        """Draws the SQNR of every tensor as a bar, the worst on top, with the size of codes and scales beside it.
 
         Args:
             ax: matplotlib's Axes to draw on; a new figure by default, as high as the bars need.
@@ -134,7 +134,7 @@ class QuantizationReport(_Report):
             except ImportError as fault:
                 message = "QuantizationReport.plot needs matplotlib: pip install 'tensorport[notebook]'"
                 raise ImportError(message) from fault
-            _, ax = plt.subplots(figsize=(8, 1.2 + 0.28 * len(items)), layout="constrained")
+            _, ax = plt.subplots(figsize=(9, 1.2 + 0.28 * len(items)), layout="constrained")
         finite = [error.sqnr_db for _, error in items if math.isfinite(error.sqnr_db)]
         longest = max([*finite, 1.0])
         # A tensor that lost nothing has no finite SQNR: its bar is as long as the longest, and says so.
@@ -145,9 +145,10 @@ class QuantizationReport(_Report):
         # A dollar sign would start a formula.
         ax.set_yticks(range(len(items)), [printable(name).replace("$", r"\$") for name, _ in items])
         ax.invert_yaxis()
-        ax.margins(x=0.3)
+        ax.margins(x=0.35)  # for the labels
         ax.set_xlabel("SQNR (dB)")
-        ax.set_title(f"MXFP4: {human_bytes(self.source_bytes)} -> {human_bytes(self.quantized_bytes)}")
+        sizes = f"{human_bytes(self.source_bytes)} -> {human_bytes(self.quantized_bytes)}"
+        ax.set_title(f"MXFP4: {sizes}, {self.compression:.2f}x smaller")
         return ax
 
 
@@ -156,5 +157,8 @@ def _finite(value: float) -> float:
 
 
 def _bar_label(error: QuantizationError) -> str:
-    sqnr = "lossless" if error.sqnr_db == math.inf else f"{error.sqnr_db:.1f} dB"
-    return f"{sqnr}, {human_bytes(error.quantized_bytes)} ({error.compression:.2f}x smaller)"
+    if math.isnan(error.sqnr_db):
+        told = "nothing to compare"
+    else:
+        told = "lossless" if error.sqnr_db == math.inf else f"{error.sqnr_db:.1f} dB"
+    return f"{told}, {human_bytes(error.quantized_bytes)}"

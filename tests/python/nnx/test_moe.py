@@ -190,11 +190,9 @@ def test_each_expert_is_initialized_like_a_dense_layer() -> None:
         return nnx.initializers.lecun_normal()(key, shape, dtype)
 
     layer = moe(kernel_init=init, param_dtype=jnp.bfloat16)
-    assert set(shapes) == {
-        ((HIDDEN, EXPERTS), jnp.bfloat16),
-        ((HIDDEN, 2 * INTERMEDIATE), jnp.bfloat16),
-        ((INTERMEDIATE, HIDDEN), jnp.bfloat16),
-    }
+    dtype = jnp.dtype(jnp.bfloat16)
+    kernels = (HIDDEN, EXPERTS), (HIDDEN, 2 * INTERMEDIATE), (INTERMEDIATE, HIDDEN)
+    assert set(shapes) == {(shape, dtype) for shape in kernels}
     for w in (layer.gate_up[...], layer.down[...]):
         values = np.asarray(w.dequantize(jnp.float32))
         # lecun_normal: a variance of one over the number of inputs.

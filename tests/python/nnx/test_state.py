@@ -201,8 +201,8 @@ def test_a_stack_of_dense_layers_becomes_a_stack() -> None:
     assert y.shape == (3, 5, 96)
 
 
-def make_mesh(kind: AxisType = AxisType.Auto) -> Mesh:
-    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
+def make_mesh(kind: AxisType = AxisType.Auto, shape: tuple[int, int] = (2, 4)) -> Mesh:
+    return jax.make_mesh(shape, ("data", "model"), axis_types=(kind, kind))
 
 
 def partitioned(names: tuple[str | None, ...] = ("data", "model"), **options: Any) -> MXFP4Linear:
@@ -326,7 +326,7 @@ def test_sharded_experts_and_embeddings_compute_the_same(kind: AxisType) -> None
     ids = jnp.array([[5, 0], [7, 31]])
     expected = MXFP4MoE(64, 96, 8, 3, rngs=nnx.Rngs(0))(x)
     rows = MXFP4Embed(32, 64, rngs=nnx.Rngs(0))(ids)
-    mesh = make_mesh(kind)
+    mesh = make_mesh(kind, (1, 2))
     with jax.set_mesh(mesh):
         moe = MXFP4MoE(64, 96, 8, 3, gate_up_metadata=by_expert, down_metadata=by_expert, rngs=nnx.Rngs(0))
         placed = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))

@@ -46,16 +46,19 @@ def expert_matmul(
     x, w, expert_ids = float_array("x", x, 2), mxfp4_array("w", w, 3), integer_array("expert_ids", expert_ids, 1)
     same_size("T, the number of tokens", {"x": x.shape[0], "expert_ids": expert_ids.shape[0]})
     same_size("K, the last axis", {"x": x.shape[1], "w": w.shape[2]})
-    return _expert_matmul(OP.choose(implementation, x, w, expert_ids).name, x, w, expert_ids)
+    out: Array = _expert_matmul(OP.choose(implementation, x, w, expert_ids).name, x, w, expert_ids)
+    return out
 
 
 _Frozen = tuple[MXFP4Array, Array]
 
 
-@partial(jax.jit, static_argnums=0)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _expert_matmul(implementation: str, x: Array, w: MXFP4Array, expert_ids: Array) -> Array:
+def _differentiable(implementation: str, x: Array, w: MXFP4Array, expert_ids: Array) -> Array:
     return OP.implementations[implementation].run(x, w, expert_ids)
+
+
+_expert_matmul = jax.jit(_differentiable, static_argnums=0)
 
 
 def _forward(implementation: str, x: Array, w: MXFP4Array, expert_ids: Array) -> tuple[Array, _Frozen]:
@@ -79,5 +82,5 @@ def _transposed_backward(frozen: _Frozen, x: Array) -> tuple[Array, MXFP4Array, 
     return _expert_matmul("xla", x, *frozen), *no_gradient(frozen)
 
 
-_expert_matmul.__wrapped__.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)
 _transposed.defvjp(_transposed_forward, _transposed_backward)

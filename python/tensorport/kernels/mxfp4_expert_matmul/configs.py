@@ -2,6 +2,10 @@
 
 import dataclasses
 
+from tensorport.kernels.grouping import rows_of_chunk
+from tensorport.kernels.mxfp4_matmul.configs import Config as MatmulConfig
+from tensorport.kernels.registry import Device
+
 __all__ = ["Config"]
 
 
@@ -11,13 +15,13 @@ class Config:
 
     Attributes:
         block_m: tokens of one expert multiplied at once.
-        block_n: rows of its matrix decoded at once.
+        block_n: rows of its matrices decoded at once.
     """
 
     block_m: int
     block_n: int
 
     @classmethod
-    def choose(cls, tokens: int, num_experts: int, n: int, k: int) -> "Config":  # noqa: ARG003
-        """The settings for x [tokens, k] and w [num_experts, n, k]."""
-        return cls(block_m=min(256, max(1, tokens)), block_n=256)
+    def choose(cls, device: Device, tokens: int, num_experts: int) -> "Config":
+        """The settings for so many tokens on a device."""
+        return cls(rows_of_chunk(tokens, num_experts), MatmulConfig.choose(device).block_n)

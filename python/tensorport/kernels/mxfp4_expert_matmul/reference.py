@@ -11,10 +11,8 @@ from tensorport.mxfp4.types import MXFP4Array
 __all__ = ["expert_matmul"]
 
 
-def expert_matmul(
-    x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"]
-) -> Float[Array, "t n"]:
-    """x [T, K] . w[expert_ids] [T, N, K] -> [T, N]: a decoded matrix for every token."""
+def expert_matmul(x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"]) -> Float[Array, "t n"]:
+    """X [T, K] . w[expert_ids] [T, N, K] -> [T, N]: a decoded matrix for every token."""
     dtype = accumulator_dtype(x.dtype)
     chosen = w[expert_ids]
     dense = decode(chosen.blocks, chosen.scales, dtype)

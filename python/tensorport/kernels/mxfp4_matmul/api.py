@@ -44,13 +44,16 @@ def matmul(
     """
     x, w = float_array("x", x), mxfp4_array("w", w, 2)
     same_size("K, the last axis", {"x": x.shape[-1], "w": w.shape[1]})
-    return _matmul(OP.choose(implementation, x, w).name, x, w)
+    out: Array = _matmul(OP.choose(implementation, x, w).name, x, w)
+    return out
 
 
-@partial(jax.jit, static_argnums=0)
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _matmul(implementation: str, x: Array, w: MXFP4Array) -> Array:
+def _differentiable(implementation: str, x: Array, w: MXFP4Array) -> Array:
     return OP.implementations[implementation].run(x, w)
+
+
+_matmul = jax.jit(_differentiable, static_argnums=0)
 
 
 def _matmul_forward(implementation: str, x: Array, w: MXFP4Array) -> tuple[Array, MXFP4Array]:
@@ -74,5 +77,5 @@ def _transposed_backward(w: MXFP4Array, x: Array) -> tuple[Array, MXFP4Array]:
     return _matmul("xla", x, w), no_gradient(w)
 
 
-_matmul.__wrapped__.defvjp(_matmul_forward, _matmul_backward)
+_differentiable.defvjp(_matmul_forward, _matmul_backward)
 _transposed.defvjp(_transposed_forward, _transposed_backward)

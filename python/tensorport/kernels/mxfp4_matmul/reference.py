@@ -12,7 +12,7 @@ __all__ = ["matmul"]
 
 
 def matmul(x: Float[Array, "*batch k"], w: MXFP4Array) -> Float[Array, "*batch n"]:
-    """x [..., K] . w [N, K] -> [..., N], all of w decoded."""
+    """X [..., K] . w [N, K] -> [..., N], all of w decoded."""
     dtype = accumulator_dtype(x.dtype)
     dense = decode(w.blocks, w.scales, dtype)
     return jnp.einsum("...k,nk->...n", x.astype(dtype), dense, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)

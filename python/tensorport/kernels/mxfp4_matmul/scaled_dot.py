@@ -7,6 +7,7 @@ device compares it with the reference, and a device on which it is wrong never r
 import functools
 import math
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ _CHECKED_SHAPE = 48, 160, 256  # M, N, K: more than one tile, none a power of tw
 
 
 def matmul(x: Float[Array, "*batch k"], w: MXFP4Array) -> Float[Array, "*batch n"]:
-    """x [..., K] . w [N, K] -> [..., N]."""
+    """X [..., K] . w [N, K] -> [..., N]."""
     *batch, k = x.shape
     codes = jax.lax.bitcast_convert_type(w.blocks, jnp.float4_e2m1fn)  # the low nibble first, as in the blocks
     out = jax.lax.scaled_dot(
@@ -34,11 +35,12 @@ def matmul(x: Float[Array, "*batch k"], w: MXFP4Array) -> Float[Array, "*batch n
         dimension_numbers=(((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
-    return out.astype(x.dtype).reshape(*batch, w.shape[0])
+    rounded: Array = out.astype(x.dtype)
+    return rounded.reshape(*batch, w.shape[0])
 
 
-def refuses(device: Device, x: Array, w: MXFP4Array) -> str | None:
-    """Why this cannot run."""
+def refuses(device: Device, x: Any, w: Any) -> str | None:
+    """Why this cannot run on arrays, or on what has their shapes and dtypes."""
     if device.compute_capability is None or device.compute_capability < _BLACKWELL:
         return "needs an NVIDIA GPU of compute capability 10.0 (Blackwell) or newer"
     if x.dtype != jnp.bfloat16:

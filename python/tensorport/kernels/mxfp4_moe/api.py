@@ -74,12 +74,15 @@ def moe(  # noqa: PLR0917 - the order of the contract
     )
     _check_sizes(x, router_indices, router_weights, experts)
     activation = Activation(float(limit), float(alpha))
-    name = OP.choose(implementation, x, router_indices, router_weights, experts, activation).name
-    return _moe(name, activation, x, router_indices, router_weights, experts)
+    inputs = x, router_indices, router_weights, experts
+    out: Array = _moe(OP.choose(implementation, *inputs, activation).name, activation, inputs)
+    return out
 
 
 def _check_sizes(x: Array, router_indices: Array, router_weights: Array, experts: Experts) -> None:
     (tokens, hidden), (num_experts, width, k) = x.shape, experts.gate_up.shape
+    if not num_experts:
+        raise ValueError("gate_up: found no experts, expected at least one")
     same_size(
         "T, the number of tokens",
         {"x": tokens, "router_indices": router_indices.shape[0], "router_weights": router_weights.shape[0]},
@@ -98,31 +101,27 @@ def _check_sizes(x: Array, router_indices: Array, router_weights: Array, experts
     same_size("2 I, gate and up", sizes | {"down (last axis, twice)": 2 * experts.down.shape[2]})
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _moe(
-    implementation: str,
-    activation: Activation,
-    x: Array,
-    router_indices: Array,
-    router_weights: Array,
-    experts: Experts,
-) -> Array:
-    return OP.implementations[implementation].run(x, router_indices, router_weights, experts, activation)
-
-
 _Inputs = tuple[Array, Array, Array, Experts]
+"""x, router_indices, router_weights, experts."""
 
 
-def _forward(implementation: str, activation: Activation, *inputs: Array) -> tuple[Array, _Inputs]:
-    return _moe(implementation, activation, *inputs), inputs
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(implementation: str, activation: Activation, inputs: _Inputs) -> Array:
+    return OP.implementations[implementation].run(*inputs, activation)
 
 
-def _backward(_: str, activation: Activation, inputs: _Inputs, g: Array) -> _Inputs:
-    x, router_indices, router_weights, experts = inputs
+_moe = jax.jit(_differentiable, static_argnums=(0, 1))
+
+
+def _forward(implementation: str, activation: Activation, inputs: _Inputs) -> tuple[Array, _Inputs]:
+    return _moe(implementation, activation, inputs), inputs
+
+
+def _backward(implementation: str, activation: Activation, inputs: _Inputs, g: Array) -> tuple[_Inputs]:  # noqa: ARG001 - XLA's for all
+    _, router_indices, _, experts = inputs
     dx, dweights, dgate_up_bias, ddown_bias = xla.moe_gradients(g, *inputs, activation)
     dexperts = Experts(no_gradient(experts.gate_up), dgate_up_bias, no_gradient(experts.down), ddown_bias)
-    return dx, no_gradient(router_indices), dweights, dexperts
+    return ((dx, no_gradient(router_indices), dweights, dexperts),)
 
 
-_moe.__wrapped__.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)

@@ -2,6 +2,10 @@
 
 import dataclasses
 
+from tensorport.kernels.grouping import rows_of_chunk
+from tensorport.kernels.mxfp4_matmul.configs import Config as MatmulConfig
+from tensorport.kernels.registry import Device
+
 __all__ = ["Config"]
 
 
@@ -18,6 +22,6 @@ class Config:
     block_n: int
 
     @classmethod
-    def choose(cls, pairs: int, num_experts: int, width: int, hidden: int) -> "Config":  # noqa: ARG003
-        """The settings for so many pairs and gate_up [num_experts, width, hidden]."""
-        return cls(block_m=min(256, max(1, pairs)), block_n=256)
+    def choose(cls, device: Device, pairs: int, num_experts: int) -> "Config":
+        """The settings for so many pairs on a device."""
+        return cls(rows_of_chunk(pairs, num_experts), MatmulConfig.choose(device).block_n)

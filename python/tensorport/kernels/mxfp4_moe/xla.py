@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int32, Integer
 from tensorport.kernels.grouping import Chunks, chunk_by_expert
 from tensorport.kernels.mxfp4_moe.configs import Config
 from tensorport.kernels.mxfp4_moe.types import Activation, Experts
+from tensorport.kernels.registry import Device
 from tensorport.kernels.swiglu import clamped_swiglu
 from tensorport.kernels.tiles import accumulator_dtype, product, transposed_product
 
@@ -22,7 +23,10 @@ def moe(
 ) -> Float[Array, "t h"]:
     """The outputs of each token's experts, weighted and summed."""
     k, dtype = router_indices.shape[1], accumulator_dtype(x.dtype)
-    config, chunks = _grouped(router_indices, experts)
+    out = jnp.zeros(x.shape, dtype)
+    if not router_indices.size:
+        return out.astype(x.dtype)
+    config, chunks = _grouped(x, router_indices, experts)
     weights = router_weights.reshape(-1).astype(dtype)
 
     def step(number: Int32[Array, ""], out: Float[Array, "t h"]) -> Float[Array, "t h"]:
@@ -34,14 +38,12 @@ def moe(
         y = product(a, experts.down, expert, block_n=config.block_n) + experts.down_bias[expert, None].astype(dtype)
         return out.at[token].add(jnp.where(is_there[:, None], y * weights[pair][:, None], 0))
 
-    out = jnp.zeros(x.shape, dtype)
-    if router_indices.size and experts.gate_up.shape[0]:
-        out = jax.lax.fori_loop(0, chunks.count, step, out)
+    out = jax.lax.fori_loop(jnp.int32(0), chunks.total, step, out)
     is_valid = jnp.all(chunks.is_valid.reshape(router_indices.shape), axis=1)
     return jnp.where(is_valid[:, None], out, jnp.nan).astype(x.dtype)
 
 
-def moe_gradients(
+def moe_gradients(  # noqa: PLR0917 - the arguments of moe in their order
     g: Float[Array, "t h"],
     x: Float[Array, "t h"],
     router_indices: Integer[Array, "t k"],
@@ -54,8 +56,10 @@ def moe_gradients(
     The values between the layers are computed again, chunk by chunk, rather than kept.
     """
     k, dtype = router_indices.shape[1], accumulator_dtype(x.dtype)
-    config, chunks = _grouped(router_indices, experts)
     weights = router_weights.reshape(-1).astype(dtype)
+    shapes = (x.shape, weights.shape, experts.gate_up_bias.shape, experts.down_bias.shape)
+    sums = tuple(jnp.zeros(shape, dtype) for shape in shapes)
+    config, chunks = _grouped(x, router_indices, experts)
 
     def step(number: Int32[Array, ""], sums: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         dx, dweights, dgate_up_bias, ddown_bias = sums
@@ -77,10 +81,8 @@ def moe_gradients(
             ddown_bias.at[expert].add(jnp.sum(dy * weight, axis=0)),
         )
 
-    shapes = (x.shape, weights.shape, experts.gate_up_bias.shape, experts.down_bias.shape)
-    sums = tuple(jnp.zeros(shape, dtype) for shape in shapes)
-    if router_indices.size and experts.gate_up.shape[0]:
-        sums = jax.lax.fori_loop(0, chunks.count, step, sums)
+    if router_indices.size:
+        sums = jax.lax.fori_loop(jnp.int32(0), chunks.total, step, sums)
     dx, dweights, dgate_up_bias, ddown_bias = sums
     return (
         dx.astype(x.dtype),
@@ -90,7 +92,7 @@ def moe_gradients(
     )
 
 
-def _grouped(router_indices: Integer[Array, "t k"], experts: Experts) -> tuple[Config, Chunks]:
+def _grouped(x: Float[Array, "t h"], router_indices: Integer[Array, "t k"], experts: Experts) -> tuple[Config, Chunks]:
     """Pairs by expert: pair number t * k + i is the i-th choice of token t."""
-    config = Config.choose(router_indices.size, *experts.gate_up.shape)
+    config = Config.choose(Device.of(x, experts), router_indices.size, experts.gate_up.shape[0])
     return config, chunk_by_expert(router_indices.reshape(-1), experts.gate_up.shape[0], config.block_m)
