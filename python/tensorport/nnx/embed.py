@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, BFloat16
+from jaxtyping import Array, BFloat16, Float, Integer, Num
 
 from tensorport.kernels.arguments import mxfp4_array
 from tensorport.kernels.registry import ImplementationName
@@ -16,7 +16,7 @@ from tensorport.mxfp4.codec import ScaleRule, decode
 from tensorport.mxfp4.types import MXFP4Array
 from tensorport.nnx.dense import Initializer, assembled, check_blocks, fault_of, initialized, quantized_param
 from tensorport.nnx.linear import product
-from tensorport.nnx.sharding import on_auto_axes
+from tensorport.nnx.sharding import OutSharding, on_auto_axes
 from tensorport.nnx.variables import MXFP4Param
 
 __all__ = ["MXFP4Embed", "embed_fault"]
@@ -86,7 +86,10 @@ class MXFP4Embed(nnx.Module):
         Raises:
             ValueError: the layer cannot be quantized without a change of its meaning: `features` is not a multiple of
                 32, it is of a subclass of `nnx.Embed`, or it has a `promote_dtype` of its own.
+            TypeError: it is no `nnx.Embed`.
         """
+        if not isinstance(embed, nnx.Embed):
+            raise TypeError(f"embed: found {type(embed).__name__}, expected an nnx.Embed")
         fault = embed_fault(embed)
         if fault is not None:
             raise ValueError(f"embed: {fault}")
@@ -130,7 +133,9 @@ class MXFP4Embed(nnx.Module):
     def _around(cls, embedding: MXFP4Param, sizes: tuple[int, int], **options: Any) -> Self:
         return assembled(cls, *sizes, variables={"embedding": embedding}, **options)
 
-    def __call__(self, inputs: Any, out_sharding: Any = None) -> Array:
+    def __call__(
+        self, inputs: Integer[ArrayLike, "*batch"], out_sharding: OutSharding = None
+    ) -> Float[Array, "*batch features"]:
         """Looks rows up.
 
         Args:
@@ -156,7 +161,9 @@ class MXFP4Embed(nnx.Module):
 
         return on_auto_axes(look_up, out_sharding)(self.embedding[...], inputs)
 
-    def attend(self, query: ArrayLike, out_sharding: Any = None) -> Array:
+    def attend(
+        self, query: Num[ArrayLike, "*batch features"], out_sharding: OutSharding = None
+    ) -> Float[Array, "*batch num_embeddings"]:
         """Products of a query with every row, as logits of a tied head.
 
         Args:

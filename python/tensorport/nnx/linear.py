@@ -11,7 +11,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, BFloat16, Float
+from jaxtyping import Array, BFloat16, Float, Num
 
 from tensorport.kernels.arguments import float_array, mxfp4_array, same_size
 from tensorport.kernels.mxfp4_matmul.api import matmul
@@ -27,7 +27,7 @@ from tensorport.nnx.dense import (
     initialized,
     quantized_param,
 )
-from tensorport.nnx.sharding import explicit_spec, on_auto_axes
+from tensorport.nnx.sharding import OutSharding, explicit_spec, on_auto_axes
 from tensorport.nnx.variables import MXFP4Param
 
 __all__ = ["MXFP4Linear", "linear_fault", "product"]
@@ -117,7 +117,10 @@ class MXFP4Linear(nnx.Module):
             ValueError: the layer cannot be quantized without a change of its meaning: `in_features` is not a multiple
                 of 32, it is of a subclass of `nnx.Linear`, or it has a `dot_general`, `promote_dtype`, `precision` or
                 `preferred_element_type` of its own that MXFP4Linear has not.
+            TypeError: it is no `nnx.Linear`.
         """
+        if not isinstance(linear, nnx.Linear):
+            raise TypeError(f"linear: found {type(linear).__name__}, expected an nnx.Linear")
         fault = linear_fault(linear)
         if fault is not None:
             raise ValueError(f"linear: {fault}")
@@ -134,8 +137,8 @@ class MXFP4Linear(nnx.Module):
     @classmethod
     def from_array(
         cls,
-        kernel: BFloat16[MXFP4Array, "out in"],
-        bias: Float[ArrayLike, " out"] | None = None,
+        kernel: BFloat16[MXFP4Array, "out_features in_features"],
+        bias: Float[ArrayLike, " out_features"] | None = None,
         *,
         dtype: DTypeLike | None = None,
         implementation: ImplementationName = "auto",
@@ -178,7 +181,9 @@ class MXFP4Linear(nnx.Module):
         variables = {"kernel": kernel, "bias": nnx.data(None) if bias is None else bias}
         return assembled(cls, *sizes, variables=variables, use_bias=bias is not None, **options)
 
-    def __call__(self, inputs: ArrayLike, out_sharding: Any = None) -> Array:
+    def __call__(
+        self, inputs: Num[ArrayLike, "*batch in_features"], out_sharding: OutSharding = None
+    ) -> Float[Array, "*batch out_features"]:
         """Applies the layer to the last axis.
 
         Args:
@@ -200,7 +205,9 @@ class MXFP4Linear(nnx.Module):
         return y
 
 
-def product(x: Float[Array, "*batch k"], w: MXFP4Array, implementation: ImplementationName, out_sharding: Any) -> Array:
+def product(
+    x: Float[Array, "*batch k"], w: MXFP4Array, implementation: ImplementationName, out_sharding: OutSharding
+) -> Array:
     """:func:`tensorport.mxfp4.matmul`, also on meshes with explicit axes.
 
     Args:

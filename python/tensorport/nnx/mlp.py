@@ -6,7 +6,7 @@ from typing import Any, Final, Self
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array
+from jaxtyping import Array, Float, Num
 
 from tensorport.kernels.registry import ImplementationName
 from tensorport.mxfp4.codec import ScaleRule
@@ -155,8 +155,8 @@ class MXFP4MLP(nnx.Module):
 
         return assembled(cls, hidden_size, intermediate_size, variables=layers, activation=activation)
 
-    def __call__(self, x: ArrayLike) -> Array:
-        """Applies the layer to the last axis: [..., hidden_size] -> [..., hidden_size].
+    def __call__(self, x: Num[ArrayLike, "*batch hidden_size"]) -> Float[Array, "*batch hidden_size"]:
+        """Applies the layer to the last axis.
 
         Raises:
             NotImplementedError: the implementation that was named cannot run here.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, Num
 
 from tensorport.kernels.mxfp4_moe.api import moe
 from tensorport.kernels.registry import ImplementationName
@@ -177,7 +177,9 @@ class MXFP4MoE(nnx.Module):
         layer.router.bias = nnx.Param(jnp.asarray(bias))
         return layer
 
-    def route(self, x: ArrayLike) -> tuple[Int32[Array, "*batch k"], Float[Array, "*batch k"]]:
+    def route(
+        self, x: Num[ArrayLike, "*batch hidden_size"]
+    ) -> tuple[Int32[Array, "*batch k"], Float[Array, "*batch k"]]:
         """The experts of each token and their weights.
 
         Args:
@@ -189,8 +191,8 @@ class MXFP4MoE(nnx.Module):
         logits, indices = jax.lax.top_k(self.router(jnp.asarray(x)), self.num_experts_per_tok)
         return indices, jax.nn.softmax(logits, axis=-1)
 
-    def __call__(self, x: ArrayLike) -> Array:
-        """Sends each token through its experts: [..., hidden_size] -> [..., hidden_size].
+    def __call__(self, x: Num[ArrayLike, "*batch hidden_size"]) -> Float[Array, "*batch hidden_size"]:
+        """Sends each token through its experts.
 
         Raises:
             NotImplementedError: the implementation that was named cannot run here.

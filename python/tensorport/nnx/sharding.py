@@ -5,16 +5,19 @@ shards, and only their result gets the sharding that is asked for.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-__all__ = ["explicit_spec", "on_auto_axes"]
+__all__ = ["OutSharding", "explicit_spec", "on_auto_axes"]
+
+OutSharding: TypeAlias = PartitionSpec | NamedSharding | None
+"""How a result is to be sharded, on a mesh with explicit axes."""
 
 
-def on_auto_axes(function: Callable[..., Array], out_sharding: Any) -> Callable[..., Array]:
+def on_auto_axes(function: Callable[..., Array], out_sharding: OutSharding) -> Callable[..., Array]:
     """The function, compiled for axes that the compiler shards; itself if no sharding of its result is known."""
     if out_sharding is None:
         return function

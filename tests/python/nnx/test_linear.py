@@ -187,6 +187,12 @@ def test_a_layer_whose_meaning_would_change_is_refused(message: str) -> None:
         MXFP4Linear.from_linear(linear)
 
 
+def test_what_is_no_dense_layer_is_refused() -> None:
+    convolution: Any = nnx.Conv(32, 32, (3,), rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"linear: found Conv, expected an nnx\.Linear"):
+        MXFP4Linear.from_linear(convolution)
+
+
 @pytest.mark.filterwarnings("ignore:Variable hooks are deprecated")
 def test_hooks_on_dense_values_are_refused() -> None:
     linear = with_kernel(jnp.zeros((IN, OUT)), on_get_value=lambda _, value: 2 * value)

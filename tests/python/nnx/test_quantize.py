@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorport
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tensorport import mxfp4
 from tensorport.nnx import MXFP4MLP, MXFP4Embed, MXFP4Linear, MXFP4MoE, quantize_model
 
@@ -266,8 +266,9 @@ def test_a_stack_of_layers_stays_a_stack() -> None:
     assert 0 < relative < 0.2
 
 
-def test_shardings_go_over_to_codes(model: Any) -> None:
-    mesh = jax.make_mesh((2, 4), ("data", "model"))
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_shardings_go_over_to_codes(model: Any, kind: AxisType) -> None:
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind, kind))
     up = model.blocks[0].up
     up.kernel.set_value(jax.device_put(up.kernel[...], NamedSharding(mesh, PartitionSpec("data", "model"))))
     report = quantize_model(model, r"blocks\.0\.up")

@@ -1,5 +1,6 @@
 """What NNX, sharding, Orbax and pickle make of modules with codes in them."""
 
+import copy
 import io
 import pickle
 from collections.abc import Callable
@@ -141,6 +142,36 @@ def test_what_is_printed_says_what_it_is(model: Network) -> None:
         nnx.display(model)  # type: ignore[no-untyped-call]
     assert "MXFP4Array" in printed.getvalue()
     assert "MXFP4Param" in nnx.tabulate(model, IDS)
+
+
+def test_states_take_shapes_and_pure_dicts(model: Network) -> None:
+    state = nnx.state(model)
+    assert "MXFP4Array(blocks=(37, 2, 16), scales=(37, 2))" in repr(jax.tree.map(jnp.shape, state))
+    pure = nnx.to_pure_dict(nnx.state(Network(rngs=nnx.Rngs(1))))
+    nnx.replace_by_pure_dict(state, pure)
+    assert_same_state(nnx.to_pure_dict(state), pure)
+
+
+def test_trees_without_graphs() -> None:
+    x = jnp.ones((3, IN))
+    with nnx.set_graph_mode(False):  # type: ignore[no-untyped-call]
+        layer = MXFP4Linear(IN, OUT, rngs=nnx.Rngs(0))
+        graphdef, *(params, codes) = nnx.split(layer, nnx.Param, ...)
+        found = nnx.jit(lambda layer, x: layer(x))(layer, x)
+        gradients = jax.grad(lambda params: nnx.merge(graphdef, params, codes)(x).sum())(params)
+    np.testing.assert_allclose(found, layer(x), rtol=1e-5, atol=1e-5)
+    assert {".".join(map(str, path)) for path, _ in nnx.to_flat_state(gradients)} == {"bias"}
+
+
+def test_transforms_of_one_layer() -> None:
+    layer, x = MXFP4Linear(IN, OUT, rngs=nnx.Rngs(0)), jnp.ones((3, IN))
+    again = copy.deepcopy(layer)
+    assert again.kernel is not layer.kernel
+    np.testing.assert_array_equal(again(x), layer(x))
+    found = nnx.grad(lambda layer: nnx.remat(lambda layer, x: layer(x))(layer, x).sum())(layer)
+    np.testing.assert_array_equal(found["bias"][...], jnp.full(OUT, 3.0))
+    chosen = nnx.cond(True, lambda layer, x: layer(x), lambda layer, x: -layer(x), layer, x)
+    np.testing.assert_allclose(chosen, layer(x), rtol=1e-5, atol=1e-5)
 
 
 def test_jit_sees_codes_as_arguments(model: Network) -> None:
@@ -338,15 +369,16 @@ def test_sharded_experts_and_embeddings_compute_the_same(kind: AxisType) -> None
     np.testing.assert_array_equal(looked_up, rows)
 
 
-def test_a_sharded_dense_layer_gives_sharded_codes() -> None:
-    mesh = make_mesh()
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_sharded_dense_layer_gives_sharded_codes(kind: AxisType) -> None:
+    mesh = make_mesh(kind)
     with jax.set_mesh(mesh):
         init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("data", "model"))
         dense = nnx.Linear(IN, OUT, kernel_init=init, rngs=nnx.Rngs(0))
     layer = MXFP4Linear.from_linear(dense)  # where no mesh is set
     assert layer.kernel.get_metadata("out_sharding") == ("model", "data")
     assert shardings(layer.kernel[...]) == 2 * [PartitionSpec("model", "data")]
-    expected = mxfp4.quantize(dense.kernel[...].T)
+    expected = mxfp4.quantize(np.asarray(dense.kernel[...]).T)
     np.testing.assert_array_equal(layer.kernel[...].blocks, expected.blocks)
 
 
