@@ -7,7 +7,8 @@ jax.lax.ragged_dot over tokens sorted by expert, as JAX's own mixtures of expert
 the four matrices. Activations are bfloat16 beside bfloat16 weights and float32 beside float32; MXFP4 is run with both.
 
 All variants of a row are run in turn, in another order in each round, each at least three times before it counts;
-medians. `weights GB/s`: bytes of the weights that are touched (of MXFP4: codes and scales) per second.
+medians. `weights GB/s`: bytes of the weights that are touched (of MXFP4: codes and scales) per second. `temporary MB`:
+what the compiled function takes beside its arguments and results, by its memory_analysis().
 """
 
 import argparse
@@ -46,22 +47,24 @@ def main() -> None:
     print(f"{measure.machine()}; {device.platform} ({device.device_kind});")
     print(f"Python {sys.version.split()[0]}, tensorport {tensorport.__version__}, jax {metadata.version('jax')};")
     print(f"width {options.width}, {EXPERTS} experts; medians of {options.rounds} rounds\n")
-    print("| op | M | variant | ms | / dense bf16 | / dense f32 | weights MB touched | weights GB/s |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| op | M | variant | ms | / dense bf16 | / dense f32 | weights MB touched | weights GB/s | temporary MB |")
+    print("|---" * 9 + "|")
     rows = []
     for op, make in {"matmul": matmul_variants, "moe": moe_variants}.items():
         if options.only and not any(part in op for part in options.only):
             continue
         variants = make(options.width)
         for tokens in options.tokens:
-            times = measure_all({name: variant(tokens) for name, variant in variants.items()}, options.rounds)
+            calls = {name: variant(tokens) for name, variant in variants.items()}
+            times = measure_all(calls, options.rounds)
             medians = {name: statistics.median(values) for name, values in times.items()}
             for name, median_s in medians.items():
                 touched = touched_bytes(op, name, tokens, options.width)
                 ratios = [f"{median_s / medians[dense]:.2f}" for dense in ("dense bf16", "dense f32")]
+                temporary = temporary_bytes(calls[name]) / 1e6
                 print(
                     f"| {op} | {tokens} | {name} | {median_s * 1e3:.2f} | {ratios[0]} | {ratios[1]} "
-                    f"| {touched / 1e6:.0f} | {touched / median_s / 1e9:.2f} |",
+                    f"| {touched / 1e6:.0f} | {touched / median_s / 1e9:.2f} | {temporary:.1f} |",
                     flush=True,
                 )
                 rows.append({"op": op, "tokens": tokens, "variant": name, "seconds": times[name]})
@@ -70,7 +73,11 @@ def main() -> None:
         print(json.dumps(row))
 
 
-Variant = Callable[[int], Callable[[], Any]]
+Call = tuple[Any, tuple[Any, ...]]
+"""A jitted function and its arguments."""
+
+Variant = Callable[[int], Call]
+"""Makes the call for a number of tokens."""
 
 
 def matmul_variants(width: int) -> dict[str, Variant]:
@@ -79,9 +86,8 @@ def matmul_variants(width: int) -> dict[str, Variant]:
     def variant(function: Callable[..., Any], weights: Any, dtype: Any) -> Variant:
         jitted = jax.jit(function)
 
-        def make(tokens: int) -> Callable[[], Any]:
-            x = random_array((tokens, width), dtype)
-            return lambda: jitted(x, weights)
+        def make(tokens: int) -> Call:
+            return jitted, (random_array((tokens, width), dtype), weights)
 
         return make
 
@@ -98,12 +104,12 @@ def moe_variants(width: int) -> dict[str, Variant]:
         biases = random_array((EXPERTS, 2 * width), dtype), random_array((EXPERTS, width), dtype)
         jitted = jax.jit(function)
 
-        def make(tokens: int) -> Callable[[], Any]:
+        def make(tokens: int) -> Call:
             rng = np.random.default_rng(tokens)
             chosen = jnp.asarray(np.stack([rng.permutation(EXPERTS)[:CHOICES] for _ in range(tokens)]), jnp.int32)
             weights = jax.nn.softmax(random_array((tokens, CHOICES), dtype))
             x = random_array((tokens, width), dtype)
-            return lambda: jitted(x, chosen, weights, gate_up, biases[0], down, biases[1])
+            return jitted, (x, chosen, weights, gate_up, biases[0], down, biases[1])
 
         return make
 
@@ -145,22 +151,28 @@ def touched_bytes(op: str, variant: str, tokens: int, width: int) -> float:
     return len(chosen) * 3 * width * width * per_value
 
 
-def measure_all(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def measure_all(variants: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     """Seconds of one call of each variant in each round."""
     calls = {}
-    for name, run in variants.items():
+    for name, (function, args) in variants.items():
         for _ in range(WARMUPS):
             started = time.perf_counter()
-            jax.block_until_ready(run())
+            jax.block_until_ready(function(*args))
             calls[name] = max(1, int(LEAST_S / (time.perf_counter() - started)))
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name in random.sample(list(variants), len(variants)):
+            function, args = variants[name]
             started = time.perf_counter()
             for _ in range(calls[name]):
-                jax.block_until_ready(variants[name]())
+                jax.block_until_ready(function(*args))
             times[name].append((time.perf_counter() - started) / calls[name])
     return times
+
+
+def temporary_bytes(call: Call) -> int:
+    function, args = call
+    return int(function.lower(*args).compile().memory_analysis().temp_size_in_bytes)
 
 
 def random_weights(*shape: int, seed: int = 0) -> mxfp4.MXFP4Array:
