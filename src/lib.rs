@@ -19,6 +19,7 @@ pub mod cli;
 pub mod convert;
 pub mod dtype;
 pub mod error;
+mod exact_sum;
 pub mod file;
 pub mod header;
 pub mod index;

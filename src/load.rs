@@ -122,6 +122,9 @@ impl Request {
             Transform::Cast { .. } | Transform::Narrow { .. } => (1, 1),
             Transform::Dequantize { .. } => (MX_BLOCK_SIZE as u64, 1),
             Transform::Unpack => (2, 1),
+            Transform::QuantizeBlocks { .. } | Transform::QuantizeScales { .. } => {
+                unreachable!("no conversion of a request encodes")
+            }
         }
     }
 }

@@ -12,5 +12,6 @@ mod mxfp4;
 mod names;
 mod output_folder;
 mod plan;
+mod quantize;
 mod targets;
 mod verify;
