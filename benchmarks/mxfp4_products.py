@@ -2,11 +2,12 @@
 
 usage: python benchmarks/mxfp4_products.py [--tokens 1 16 256] [--rounds 5] [--only NAME]... [--width 2880]
 
-matmul: x [M, 2880] by one matrix [5760, 2880]. moe: M tokens with 4 of 32 experts each; the dense ones are computed by
+matmul: x [M, 2880] by one matrix [5760, 2880]. moe: M tokens with 4 of 32 experts each; `dense` is computed by
 jax.lax.ragged_dot over tokens sorted by expert, as JAX's own mixtures of experts do it, and for one token by gathering
-the four matrices. Activations are bfloat16 beside bfloat16 weights and float32 beside float32; MXFP4 is run with both.
+the four matrices; `dense, chunks` by the algorithm of mxfp4.moe. Activations are bfloat16 beside bfloat16 weights and
+float32 beside float32; MXFP4 is run with both.
 
-All variants of a row are run in turn, in another order in each round, each at least three times before it counts;
+All variants of a row are run in turn, in another order in each round, after warm-ups (three, or five seconds of them);
 medians. `weights GB/s`: bytes of the weights that are touched (of MXFP4: codes and scales) per second. `temporary MB`:
 what the compiled function takes beside its arguments and results, by its memory_analysis().
 """
@@ -27,12 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 import tensorport
 from tensorport import mxfp4
+from tensorport.kernels.grouping import chunk_by_expert, rows_of_chunk
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measure
 
 EXPERTS, CHOICES = 32, 4
-WARMUPS, LEAST_S = 3, 0.2
+WARMUPS, WARMUP_S, LEAST_S = 3, 5, 0.2
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
 
@@ -118,6 +120,7 @@ def moe_variants(width: int) -> dict[str, Variant]:
         # [E, K, N], as ragged_dot takes them.
         dense = [jax.block_until_ready(w.dequantize(dtype).swapaxes(1, 2)) for w in (gate_up, down)]
         variants[f"dense {name}"] = variant(dense_moe, *dense, dtype)
+        variants[f"dense {name}, chunks"] = variant(chunked_dense_moe, *dense, dtype)
     return variants
 
 
@@ -135,6 +138,24 @@ def dense_moe(  # noqa: PLR0917 - the order of mxfp4.moe
     h = jax.lax.ragged_dot(x[order // choices], gate_up, sizes) + gate_up_bias[experts[order]]
     y = jax.lax.ragged_dot(swiglu(h), down, sizes) + down_bias[experts[order]]
     return jnp.zeros_like(x).at[order // choices].add(y * weights.reshape(-1)[order][:, None])
+
+
+def chunked_dense_moe(  # noqa: PLR0917 - the order of mxfp4.moe
+    x: Any, chosen: Any, weights: Any, gate_up: Any, gate_up_bias: Any, down: Any, down_bias: Any
+) -> Any:
+    """The algorithm of mxfp4.moe on dense weights."""
+    choices, pair_weights = chosen.shape[1], weights.reshape(-1)
+    block_m = rows_of_chunk(chosen.size, EXPERTS)
+    chunks = chunk_by_expert(chosen.reshape(-1), EXPERTS, block_m)
+
+    def step(number: Any, out: Any) -> Any:
+        pair, is_there = chunks.rows(number, block_m)
+        expert, token = chunks.expert[number], pair // choices
+        h = jnp.dot(x[token], gate_up[expert], preferred_element_type=jnp.float32) + gate_up_bias[expert]
+        y = jnp.dot(swiglu(h).astype(x.dtype), down[expert], preferred_element_type=jnp.float32) + down_bias[expert]
+        return out.at[token].add(jnp.where(is_there[:, None], y * pair_weights[pair][:, None], 0))
+
+    return jax.lax.fori_loop(0, chunks.total, step, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
 
 
 def swiglu(h: Any) -> Any:
@@ -155,10 +176,14 @@ def measure_all(variants: dict[str, Call], rounds: int) -> dict[str, list[float]
     """Seconds of one call of each variant in each round."""
     calls = {}
     for name, (function, args) in variants.items():
+        jax.block_until_ready(function(*args))
+        first = time.perf_counter()
         for _ in range(WARMUPS):
             started = time.perf_counter()
             jax.block_until_ready(function(*args))
             calls[name] = max(1, int(LEAST_S / (time.perf_counter() - started)))
+            if time.perf_counter() - first > WARMUP_S:
+                break
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name in random.sample(list(variants), len(variants)):
