@@ -15,7 +15,7 @@ use crate::dtype;
 use crate::error::{Error, Result};
 
 pub use decode::DecodeTable;
-pub use encode::{ScaleRule, encode, encode_block};
+pub use encode::{ScaleRule, encode, encode_block, encode_with};
 
 /// Values that share one scale.
 pub const MX_BLOCK_SIZE: usize = 32;
