@@ -155,8 +155,11 @@ macro_rules! element {
     ($name:ident, $bits:ty, $mantissa_bits:literal, $value:expr, $widen:expr) => {
         struct $name;
 
-        #[expect(clippy::cast_possible_truncation, reason = "limits are magnitudes, codes fit in four bits")]
-        #[allow(clippy::cast_lossless, clippy::cast_sign_loss, reason = "as above, for each width")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "limits are magnitudes, codes fit in four bits"
+        )]
         impl Element for $name {
             type Bytes = [u8; size_of::<$bits>()];
             type Bits = $bits;
@@ -260,7 +263,6 @@ fn scale_byte(amax: f64, rule: ScaleRule) -> u8 {
         return INFINITE_SCALE;
     }
     // The exponent field is floor(log2(amax)) + 1023; of zeros and subnormals it is 0, far below any scale.
-    #[expect(clippy::cast_possible_truncation, reason = "eleven bits")]
     let exponent = (amax.to_bits() >> 52) as i32 - 1023;
     let mantissa = f64::from_bits(amax.to_bits() & ((1 << 52) - 1) | 1023 << 52); // in [1, 2)
     let up = match rule {

@@ -59,8 +59,11 @@ type PairTuple = (String, String, String);
 /// Names of one tensor, or of blocks and scales; the conversion's name; regions as (start, stop) for each axis.
 type RequestTuple = (Vec<String>, String, Vec<Vec<(u64, u64)>>);
 
+/// Bytes that left Rust.
+type Array<'py> = Bound<'py, PyArray1<u8>>;
+
 /// Arrays of the regions, overflows, underflows.
-type LoadedTuple<'py> = (Vec<Bound<'py, PyArray1<u8>>>, u64, u64);
+type LoadedTuple<'py> = (Vec<Array<'py>>, u64, u64);
 
 /// dtype name, shape, nbytes, files, offset of the first part.
 type SpecTuple = (&'static str, Vec<u64>, u64, Vec<String>, u64);
@@ -85,7 +88,7 @@ impl PyCheckpoint {
     }
 
     /// The parts of a tensor as 1-D read-only u8 arrays over the mapped files.
-    fn view<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Vec<Bound<'py, PyArray1<u8>>>> {
+    fn view<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Vec<Array<'py>>> {
         let tensor = self.tensor(name)?;
         let views = py.detach(|| self.inner.view(tensor))?;
         views.into_iter().map(|view| array::array(py, Bytes::Mapped(view))).collect()
@@ -243,11 +246,9 @@ fn mxfp4_decode<'py>(
     dtype: &str,
     workers: Option<usize>,
     memory: &PyMemory,
-) -> PyResult<Bound<'py, PyArray1<u8>>> {
+) -> PyResult<Array<'py>> {
     let (blocks, scales, target) = (blocks.as_slice()?, scales.as_slice()?, codec::parse_target(dtype)?);
-    let resources = Resources::default().with_workers(workers);
-    let decoded =
-        run_job(py, None, |observer| codec::decode(blocks, scales, target, resources, &memory.pool, observer))?;
+    let decoded = run_job(py, None, |observer| codec::decode(blocks, scales, target, workers, &memory.pool, observer))?;
     array::array(py, Bytes::Memory(decoded))
 }
 
@@ -261,10 +262,9 @@ fn mxfp4_encode<'py>(
     scale_rule: &str,
     workers: Option<usize>,
     memory: &PyMemory,
-) -> PyResult<(Bound<'py, PyArray1<u8>>, Bound<'py, PyArray1<u8>>)> {
+) -> PyResult<(Array<'py>, Array<'py>)> {
     let (data, from, rule) = (data.as_slice()?, codec::parse_source(dtype)?, ScaleRule::parse(scale_rule)?);
-    let resources = Resources::default().with_workers(workers);
-    let encoded = run_job(py, None, |observer| codec::encode(from, rule, data, resources, &memory.pool, observer))?;
+    let encoded = run_job(py, None, |observer| codec::encode(from, rule, data, workers, &memory.pool, observer))?;
     Ok((array::array(py, Bytes::Memory(encoded.blocks))?, array::array(py, Bytes::Memory(encoded.scales))?))
 }
 

@@ -8,7 +8,6 @@ use tensorport::cast::{OnOverflow, Target};
 use tensorport::mxfp4::{self, DecodeTable, E2M1, ScaleRule, decode_one, encode_block, encode_with};
 use tensorport::progress;
 use tensorport::simd::Level;
-use tensorport::work::Resources;
 use tensorport::{Error, codec};
 
 const RULES: [ScaleRule; 3] = [ScaleRule::Floor, ScaleRule::Ceil, ScaleRule::Nearest];
@@ -72,11 +71,10 @@ fn searched_scale(amax: f64, rule: ScaleRule) -> u8 {
         nearest.fold(f64::INFINITY, f64::min)
     };
     match rule {
-        ScaleRule::Floor => floor,
         ScaleRule::Ceil => (0..=252).find(|&scale| 6.0 * power(scale) >= amax).unwrap_or(252),
         // At 7 times the scale both are off by the same.
         ScaleRule::Nearest if error(next) < error(floor) || amax == 7.0 * power(floor) => next,
-        ScaleRule::Nearest => floor,
+        ScaleRule::Floor | ScaleRule::Nearest => floor,
     }
 }
 
@@ -186,7 +184,8 @@ fn whatever_mxfp4_can_hold_comes_back_bit_for_bit() {
         let from = target.dtype();
         for rule in RULES {
             // Codes of any size under each scale; code 7 makes the scale the same again.
-            let blocks: Vec<u8> = (0..=252u8).flat_map(|scale| (0..16).map(move |i| (i * 17) ^ scale | (u8::from(i == 0) * 7))).collect();
+            let blocks: Vec<u8> =
+                (0..=252u8).flat_map(|scale| (0..16).map(move |i| (i * 17) ^ scale | (u8::from(i == 0) * 7))).collect();
             let scales: Vec<u8> = (0..=252).collect();
             let mut values = vec![0; 253 * 32 * from.bitsize() / 8];
             DecodeTable::new(target, OnOverflow::Error).decode(&blocks, &scales, &mut values);
@@ -201,21 +200,22 @@ fn whatever_mxfp4_can_hold_comes_back_bit_for_bit() {
 fn blocks_of(from: Dtype) -> impl Strategy<Value = Vec<u8>> {
     let width = from.bitsize() / 8;
     let anything = proptest::collection::vec(any::<u8>(), 32 * width * 3);
-    let alike = (any::<u64>(), proptest::collection::vec((any::<u64>(), 0u32..12), 32 * 3)).prop_map(move |(base, parts)| {
-        let bits = u32::try_from(from.bitsize()).unwrap();
-        let exponent_bits = match from {
-            Dtype::F64 => 11,
-            Dtype::F16 => 5,
-            _ => 8,
-        };
-        let exponent = base >> (64 - exponent_bits);
-        let element = |(random, below): (u64, u32)| {
-            let mantissa_bits = bits - 1 - exponent_bits;
-            let sign_and_mantissa = random >> (64 - bits) & !(((1 << exponent_bits) - 1) << mantissa_bits);
-            sign_and_mantissa | exponent.saturating_sub(below.into()) << mantissa_bits
-        };
-        parts.into_iter().flat_map(|part| element(part).to_le_bytes()[..width].to_vec()).collect()
-    });
+    let alike =
+        (any::<u64>(), proptest::collection::vec((any::<u64>(), 0u32..12), 32 * 3)).prop_map(move |(base, parts)| {
+            let bits = u32::try_from(from.bitsize()).unwrap();
+            let exponent_bits = match from {
+                Dtype::F64 => 11,
+                Dtype::F16 => 5,
+                _ => 8,
+            };
+            let exponent = base >> (64 - exponent_bits);
+            let element = |(random, below): (u64, u32)| {
+                let mantissa_bits = bits - 1 - exponent_bits;
+                let sign_and_mantissa = random >> (64 - bits) & !(((1 << exponent_bits) - 1) << mantissa_bits);
+                sign_and_mantissa | exponent.saturating_sub(below.into()) << mantissa_bits
+            };
+            parts.into_iter().flat_map(|part| element(part).to_le_bytes()[..width].to_vec()).collect()
+        });
     prop_oneof![anything, alike]
 }
 
@@ -252,26 +252,23 @@ proptest! {
     }
 }
 
-fn resources(workers: usize) -> Resources {
-    Resources::default().with_workers(Some(workers))
-}
-
 #[test]
 fn jobs_of_any_number_of_workers_give_the_same_aligned_bytes() {
     let memory = ArenaPool::default();
     // Two chunks and a bit, and one that the calling thread does alone.
     for groups in [0, 1, 45_678] {
-        let src: Vec<u8> = (0..groups * 32u32).flat_map(|i| (i.wrapping_mul(2_654_435_761) >> 3).to_le_bytes()).collect();
+        let src: Vec<u8> =
+            (0..groups * 32u32).flat_map(|i| (i.wrapping_mul(2_654_435_761) >> 3).to_le_bytes()).collect();
         let count = groups as usize;
         let (mut blocks, mut scales, mut values) = (vec![0; count * 16], vec![0; count], vec![0; count * 128]);
         mxfp4::encode(Dtype::F32, ScaleRule::Nearest, &src, &mut blocks, &mut scales);
         DecodeTable::new(Target::F32, OnOverflow::Warn).decode(&blocks, &scales, &mut values);
-        for workers in [1, 2, 7] {
-            let pool = resources(workers);
+        for workers in [Some(1), Some(2), Some(7), None] {
             let encoded =
-                codec::encode(Dtype::F32, ScaleRule::Nearest, &src, pool, &memory, &mut progress::ignore).unwrap();
+                codec::encode(Dtype::F32, ScaleRule::Nearest, &src, workers, &memory, &mut progress::ignore).unwrap();
             assert!(encoded.blocks.bytes() == blocks && encoded.scales.bytes() == scales);
-            let decoded = codec::decode(&blocks, &scales, Target::F32, pool, &memory, &mut progress::ignore).unwrap();
+            let decoded =
+                codec::decode(&blocks, &scales, Target::F32, workers, &memory, &mut progress::ignore).unwrap();
             assert!(decoded.bytes() == values);
             for view in [&encoded.blocks, &encoded.scales, &decoded] {
                 assert_eq!(view.bytes().as_ptr() as u64 % ALIGNMENT, 0);
@@ -284,19 +281,19 @@ fn jobs_of_any_number_of_workers_give_the_same_aligned_bytes() {
 fn the_observer_stops_a_job() {
     let src = vec![0; 100 << 20];
     let mut stop = |_: &progress::Event<'_>| std::ops::ControlFlow::Break(());
-    let result = codec::encode(Dtype::F64, ScaleRule::Floor, &src, resources(2), &ArenaPool::default(), &mut stop);
+    let result = codec::encode(Dtype::F64, ScaleRule::Floor, &src, Some(2), &ArenaPool::default(), &mut stop);
     assert!(matches!(result, Err(Error::Cancelled)));
 }
 
 #[test]
 fn lengths_that_do_not_fit_are_named() {
     let memory = ArenaPool::default();
-    let fault = codec::decode(&[0; 33], &[0; 2], Target::F32, resources(1), &memory, &mut progress::ignore).unwrap_err();
+    let fault = codec::decode(&[0; 33], &[0; 2], Target::F32, Some(1), &memory, &mut progress::ignore).unwrap_err();
     assert_eq!(fault.to_string(), "blocks: found 33 bytes, expected 16 for each of 2 scales");
     let rule = ScaleRule::Floor;
-    let fault = codec::encode(Dtype::F16, rule, &[0; 63], resources(1), &memory, &mut progress::ignore).unwrap_err();
+    let fault = codec::encode(Dtype::F16, rule, &[0; 63], Some(1), &memory, &mut progress::ignore).unwrap_err();
     assert_eq!(fault.to_string(), "data: found 63 bytes, expected a multiple of 64, 32 elements");
-    assert!(codec::encode(Dtype::F16, rule, &[0; 64], resources(0), &memory, &mut progress::ignore).is_err());
+    assert!(codec::encode(Dtype::F16, rule, &[0; 64], Some(0), &memory, &mut progress::ignore).is_err());
     let fault = ScaleRule::parse("up").unwrap_err();
     assert_eq!(fault.to_string(), "scale_rule: found \"up\", expected floor, ceil or nearest");
 }
