@@ -2,16 +2,19 @@
 
 usage: python benchmarks/mxfp4_codec.py [--experts 8] [--rounds 5] [--warmups 3] [--only NAME]...
 
-The tensor is the first `--experts` of the 32 in one layer of gpt-oss-20b: gate_up_proj, [32, 5760, 90 blocks]. All jobs run
-in this process, once per round in another order each time; rates are medians. Results are compared bit for bit first.
+The tensor is the first `--experts` of the 32 of one gate_up_proj of gpt-oss-20b, [32, 5760, 90 blocks]. All jobs run in
+this process, once per round in another order each time; rates are medians. Results are compared bit for bit first.
 
 The limit is np.copyto of the bytes of the floats: decoding writes and encoding reads as many as that. Memory that was
 never touched costs more than memory that was: "reused" jobs write where earlier results lay, "fresh" ones into memory
 that the system has to bring, as any np.empty of this size is. Before a fresh job as much memory is touched and freed: a
-virtual machine may have given it to its host.
+virtual machine may have given it to its host. NumPy asks for huge pages, which such a machine brings fast or very
+slowly; tensorport asks for them only elsewhere.
 
-torch's way is transformers' convert_moe_packed_tensors, which also transposes; it is skipped where that cannot be
-imported. Prints tables in Markdown, and after them a line of JSON with the seconds of all runs.
+torch's way is transformers' convert_moe_packed_tensors: as transformers calls it, with the transpose at its end, and
+called so that there is nothing to transpose. It is skipped where it cannot be imported.
+
+Prints tables in Markdown, and after them a line of JSON with the seconds of all runs.
 """
 
 import argparse
@@ -40,7 +43,6 @@ ROWS, GROUPS = 5760, 90
 BFLOAT16 = ml_dtypes.bfloat16
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 PAIRS = np.stack([E2M1[np.arange(256) % 16], E2M1[np.arange(256) // 16]], axis=-1)
-TORCH = ("transformers.integrations.mxfp4", "convert_moe_packed_tensors")
 THREADS = (1, 2)
 
 
@@ -49,7 +51,7 @@ class Job(NamedTuple):
 
     Attributes:
         run: does it once and returns what it made.
-        limit: the job that copies as many bytes by as many threads into such memory; None for one that is a limit itself.
+        limit: the job that copies as many bytes by as many threads into such memory; None for the limits themselves.
         is_fresh: whether its results lie in memory that was never touched.
     """
 
@@ -120,21 +122,25 @@ def _decodings(blocks: np.ndarray, scales: np.ndarray, expected: np.ndarray) -> 
 
     jobs["numpy table"] = Job(numpy_table, _name("memcpy", "fresh", 1), True)
     try:
-        torch, convert = importlib.import_module("torch"), getattr(importlib.import_module(TORCH[0]), TORCH[1])
+        torch = importlib.import_module("torch")
+        convert = importlib.import_module("transformers.integrations.mxfp4").convert_moe_packed_tensors
     except ImportError as fault:
         print(f"torch's way is skipped: {fault}", file=sys.stderr)
     else:
         torch.set_num_threads(max(THREADS))
-        tensors = torch.from_numpy(blocks), torch.from_numpy(scales)
         torch_dtype = getattr(torch, dtype.name)
-        name = f"torch {metadata.version('torch')}, {max(THREADS)} threads"
-        jobs[name] = Job(
-            lambda: convert(*tensors, dtype=torch_dtype).transpose(1, 2).contiguous().view(torch.uint8).numpy().view(dtype),
-            _name("memcpy", "fresh", max(THREADS)),
-            True,
-        )
+        for how, rows in (("transposed", blocks.shape[1]), ("not transposed", 1)):
+            tensors = [torch.from_numpy(array.reshape(-1, rows, *array.shape[2:])) for array in (blocks, scales)]
+            jobs[f"torch {metadata.version('torch')}, {max(THREADS)} threads, {how}"] = Job(
+                lambda tensors=tensors: convert(*tensors, dtype=torch_dtype),
+                _name("memcpy", "fresh", max(THREADS)),
+                True,
+            )
     for name, job in jobs.items():
-        if job.run().tobytes() != expected.tobytes():
+        made = job.run()
+        if not isinstance(made, np.ndarray):
+            made = made.transpose(1, 2).contiguous().view(torch.uint8).numpy()
+        if not np.array_equal(made.reshape(-1).view(np.uint8), expected.reshape(-1).view(np.uint8)):
             sys.exit(f"{name}: other bytes than tensorport's")
     return jobs
 
@@ -198,7 +204,9 @@ def _print_table(title: str, jobs: dict[str, Job], seconds: dict[str, list[float
 
 
 def _versions() -> str:
-    libraries = ", ".join(f"{name} {metadata.version(name)}" for name in ("numpy", "ml_dtypes"))
+    installed = {distribution.name for distribution in metadata.distributions()}
+    names = [name for name in ("numpy", "ml_dtypes", "torch", "transformers") if name in installed]
+    libraries = ", ".join(f"{name} {metadata.version(name)}" for name in names)
     return f"Python {sys.version.split()[0]}, {libraries}"
 
 

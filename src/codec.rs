@@ -12,9 +12,9 @@ use crate::mxfp4::{self, BLOCK_BYTES, DecodeTable, MX_BLOCK_SIZE, ScaleRule};
 use crate::progress::{Observer, Phase, Progress};
 use crate::work::{self, Chunk, Chunks, Job, Pool, Resources, lock};
 
-/// Bytes of floats up to which the calling thread does the work itself, without signals and progress. So many take 0.07
-/// to 0.5 ms (decoding into memory that is there, or is not) and 0.16 to 0.3 ms (encoding bfloat16); to start two threads
-/// and to wait for them takes 0.05 ms (2 cores of an AMD EPYC, 2026-11-27).
+/// Bytes of floats up to which the calling thread does the work itself, without signals and progress. So many take 0.03
+/// or 0.4 ms to decode (into memory that is there, or is not) and 0.13 or 0.25 ms to encode from bfloat16; to start two
+/// threads and wait for them takes 0.05 ms (2 cores of an AMD EPYC, 2026-11-27).
 const SMALL_BYTES: usize = 1 << 20;
 
 /// An encoded tensor; both halves begin at a page.

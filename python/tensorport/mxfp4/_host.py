@@ -82,8 +82,8 @@ def encode(
 
     Args:
         x: float16, bfloat16, float32 or float64 [..., 32 * G], in any memory and byte order.
-        scale_rule: `floor`: the exponent of a block is floor(log2(amax)) - 2, as in OCP MX v1.0; `ceil`: the smallest under
-            which nothing saturates; `nearest`: the one under which the largest magnitude has the smallest error.
+        scale_rule: `floor`: the exponent of a block is floor(log2(amax)) - 2, as in OCP MX v1.0; `ceil`: the smallest
+            under which nothing saturates; `nearest`: the one under which the largest magnitude has the smallest error.
         workers: threads; all cores by default. Small arrays are encoded by the calling thread.
         memory: what earlier results lay in, to be used again once nobody looks at them; fresh memory by default.
 
