@@ -16,7 +16,7 @@ use crate::dtype;
 use crate::error::{Error, Result};
 
 pub use decode::DecodeTable;
-pub use encode::{ScaleRule, encode, encode_block};
+pub use encode::{ScaleRule, encode, encode_block, encode_with};
 pub use quantization_error::{ErrorSums, QuantizationError};
 
 /// Values that share one scale.

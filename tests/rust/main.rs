@@ -3,6 +3,7 @@
 
 mod cast;
 mod convert;
+mod encode;
 mod fixtures;
 mod fuzz;
 mod header;
