@@ -25,7 +25,7 @@ test: test-rust test-python test-newest
 test-rust:
 	cargo test
 	# Loops become vectors only with optimisation.
-	cargo test --release --test rust -- cast:: mxfp4::
+	cargo test --release --test rust -- cast:: encode:: mxfp4::
 ifneq ($(LIBPYTHON_DIR),)
 	LD_LIBRARY_PATH=$(LIBPYTHON_DIR):$$LD_LIBRARY_PATH cargo test --features python --lib
 else
@@ -70,6 +70,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON) --where $(BENCH_DISK) --sync --only tensorport --only numpy
 	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK)
 	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK) --cold --rounds 3 --warmups 1
+	$(BIN)/python benchmarks/mxfp4_codec.py
 
 # Under two minutes on a GPU. BENCH_PYTHON: a Python whose jax drives it; another than the default needs no .venv here.
 bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)

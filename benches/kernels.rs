@@ -1,4 +1,4 @@
-//! Throughput of the kernels on one core, in bytes of output: `cargo bench`.
+//! Throughput of the kernels on one core, in bytes of floats for MXFP4, else in bytes of output: `cargo bench`.
 
 use std::hint::black_box;
 
@@ -6,7 +6,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use safetensors::Dtype;
 use tensorport::cast::{self, OnOverflow, Target};
 use tensorport::checksum::TensorHasher;
-use tensorport::mxfp4::{BLOCK_BYTES, DecodeTable, MX_BLOCK_SIZE};
+use tensorport::mxfp4::{self, BLOCK_BYTES, DecodeTable, MX_BLOCK_SIZE, ScaleRule};
 use tensorport::simd::Level;
 
 /// Elements of one call: a worker's chunk, small enough to stay in the second-level cache.
@@ -64,6 +64,23 @@ fn dequantize(criterion: &mut Criterion) {
     }
 }
 
+fn quantize(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("quantize");
+    let groups = ELEMS / MX_BLOCK_SIZE;
+    let (mut blocks, mut scales) = (vec![0; groups * BLOCK_BYTES], vec![0; groups]);
+    for from in [Dtype::BF16, Dtype::F16, Dtype::F32, Dtype::F64] {
+        let src = weights(from);
+        group.throughput(Throughput::Bytes(src.len() as u64));
+        for level in Level::all() {
+            group.bench_function(format!("{from}, {level}"), |bencher| {
+                bencher.iter(|| {
+                    mxfp4::encode_with(level, from, ScaleRule::Nearest, black_box(&src), &mut blocks, &mut scales);
+                });
+            });
+        }
+    }
+}
+
 fn checksum(criterion: &mut Criterion) {
     let bytes = weights(Dtype::BF16);
     let mut group = criterion.benchmark_group("checksum");
@@ -77,5 +94,5 @@ fn checksum(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(kernels, casts, dequantize, checksum);
+criterion_group!(kernels, casts, dequantize, quantize, checksum);
 criterion_main!(kernels);

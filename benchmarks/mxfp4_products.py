@@ -2,12 +2,14 @@
 
 usage: python benchmarks/mxfp4_products.py [--tokens 1 16 256] [--rounds 5] [--only NAME]... [--width 2880]
 
-matmul: x [M, 2880] by one matrix [5760, 2880]. moe: M tokens with 4 of 32 experts each; the dense ones are computed by
+matmul: x [M, 2880] by one matrix [5760, 2880]. moe: M tokens with 4 of 32 experts each; `dense` is computed by
 jax.lax.ragged_dot over tokens sorted by expert, as JAX's own mixtures of experts do it, and for one token by gathering
-the four matrices. Activations are bfloat16 beside bfloat16 weights and float32 beside float32; MXFP4 is run with both.
+the four matrices; `dense, chunks` by the algorithm of mxfp4.moe. Activations are bfloat16 beside bfloat16 weights and
+float32 beside float32; MXFP4 is run with both.
 
-All variants of a row are run in turn, in another order in each round, each at least three times before it counts;
-medians. `weights GB/s`: bytes of the weights that are touched (of MXFP4: codes and scales) per second.
+All variants of a row are run in turn, in another order in each round, after warm-ups (three, or five seconds of them);
+medians. `weights GB/s`: bytes of the weights that are touched (of MXFP4: codes and scales) per second. `temporary MB`:
+what the compiled function takes beside its arguments and results, by its memory_analysis().
 """
 
 import argparse
@@ -26,12 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 import tensorport
 from tensorport import mxfp4
+from tensorport.kernels.grouping import chunk_by_expert, rows_of_chunk
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measure
 
 EXPERTS, CHOICES = 32, 4
-WARMUPS, LEAST_S = 3, 0.2
+WARMUPS, WARMUP_S, LEAST_S = 3, 5, 0.2
 DTYPES = {"bf16": jnp.bfloat16, "f32": jnp.float32}
 
 
@@ -46,22 +49,24 @@ def main() -> None:
     print(f"{measure.machine()}; {device.platform} ({device.device_kind});")
     print(f"Python {sys.version.split()[0]}, tensorport {tensorport.__version__}, jax {metadata.version('jax')};")
     print(f"width {options.width}, {EXPERTS} experts; medians of {options.rounds} rounds\n")
-    print("| op | M | variant | ms | / dense bf16 | / dense f32 | weights MB touched | weights GB/s |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| op | M | variant | ms | / dense bf16 | / dense f32 | weights MB touched | weights GB/s | temporary MB |")
+    print("|---" * 9 + "|")
     rows = []
     for op, make in {"matmul": matmul_variants, "moe": moe_variants}.items():
         if options.only and not any(part in op for part in options.only):
             continue
         variants = make(options.width)
         for tokens in options.tokens:
-            times = measure_all({name: variant(tokens) for name, variant in variants.items()}, options.rounds)
+            calls = {name: variant(tokens) for name, variant in variants.items()}
+            times = measure_all(calls, options.rounds)
             medians = {name: statistics.median(values) for name, values in times.items()}
             for name, median_s in medians.items():
                 touched = touched_bytes(op, name, tokens, options.width)
                 ratios = [f"{median_s / medians[dense]:.2f}" for dense in ("dense bf16", "dense f32")]
+                temporary = temporary_bytes(calls[name]) / 1e6
                 print(
                     f"| {op} | {tokens} | {name} | {median_s * 1e3:.2f} | {ratios[0]} | {ratios[1]} "
-                    f"| {touched / 1e6:.0f} | {touched / median_s / 1e9:.2f} |",
+                    f"| {touched / 1e6:.0f} | {touched / median_s / 1e9:.2f} | {temporary:.1f} |",
                     flush=True,
                 )
                 rows.append({"op": op, "tokens": tokens, "variant": name, "seconds": times[name]})
@@ -70,7 +75,11 @@ def main() -> None:
         print(json.dumps(row))
 
 
-Variant = Callable[[int], Callable[[], Any]]
+Call = tuple[Any, tuple[Any, ...]]
+"""A jitted function and its arguments."""
+
+Variant = Callable[[int], Call]
+"""Makes the call for a number of tokens."""
 
 
 def matmul_variants(width: int) -> dict[str, Variant]:
@@ -79,9 +88,8 @@ def matmul_variants(width: int) -> dict[str, Variant]:
     def variant(function: Callable[..., Any], weights: Any, dtype: Any) -> Variant:
         jitted = jax.jit(function)
 
-        def make(tokens: int) -> Callable[[], Any]:
-            x = random_array((tokens, width), dtype)
-            return lambda: jitted(x, weights)
+        def make(tokens: int) -> Call:
+            return jitted, (random_array((tokens, width), dtype), weights)
 
         return make
 
@@ -98,12 +106,12 @@ def moe_variants(width: int) -> dict[str, Variant]:
         biases = random_array((EXPERTS, 2 * width), dtype), random_array((EXPERTS, width), dtype)
         jitted = jax.jit(function)
 
-        def make(tokens: int) -> Callable[[], Any]:
+        def make(tokens: int) -> Call:
             rng = np.random.default_rng(tokens)
             chosen = jnp.asarray(np.stack([rng.permutation(EXPERTS)[:CHOICES] for _ in range(tokens)]), jnp.int32)
             weights = jax.nn.softmax(random_array((tokens, CHOICES), dtype))
             x = random_array((tokens, width), dtype)
-            return lambda: jitted(x, chosen, weights, gate_up, biases[0], down, biases[1])
+            return jitted, (x, chosen, weights, gate_up, biases[0], down, biases[1])
 
         return make
 
@@ -112,6 +120,7 @@ def moe_variants(width: int) -> dict[str, Variant]:
         # [E, K, N], as ragged_dot takes them.
         dense = [jax.block_until_ready(w.dequantize(dtype).swapaxes(1, 2)) for w in (gate_up, down)]
         variants[f"dense {name}"] = variant(dense_moe, *dense, dtype)
+        variants[f"dense {name}, chunks"] = variant(chunked_dense_moe, *dense, dtype)
     return variants
 
 
@@ -131,6 +140,24 @@ def dense_moe(  # noqa: PLR0917 - the order of mxfp4.moe
     return jnp.zeros_like(x).at[order // choices].add(y * weights.reshape(-1)[order][:, None])
 
 
+def chunked_dense_moe(  # noqa: PLR0917 - the order of mxfp4.moe
+    x: Any, chosen: Any, weights: Any, gate_up: Any, gate_up_bias: Any, down: Any, down_bias: Any
+) -> Any:
+    """The algorithm of mxfp4.moe on dense weights."""
+    choices, pair_weights = chosen.shape[1], weights.reshape(-1)
+    block_m = rows_of_chunk(chosen.size, EXPERTS)
+    chunks = chunk_by_expert(chosen.reshape(-1), EXPERTS, block_m)
+
+    def step(number: Any, out: Any) -> Any:
+        pair, is_there = chunks.rows(number, block_m)
+        expert, token = chunks.expert[number], pair // choices
+        h = jnp.dot(x[token], gate_up[expert], preferred_element_type=jnp.float32) + gate_up_bias[expert]
+        y = jnp.dot(swiglu(h).astype(x.dtype), down[expert], preferred_element_type=jnp.float32) + down_bias[expert]
+        return out.at[token].add(jnp.where(is_there[:, None], y * pair_weights[pair][:, None], 0))
+
+    return jax.lax.fori_loop(0, chunks.total, step, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
+
+
 def swiglu(h: Any) -> Any:
     gate, up = jnp.minimum(h[..., ::2], 7.0), jnp.clip(h[..., 1::2], -7.0, 7.0)
     return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
@@ -145,22 +172,32 @@ def touched_bytes(op: str, variant: str, tokens: int, width: int) -> float:
     return len(chosen) * 3 * width * width * per_value
 
 
-def measure_all(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def measure_all(variants: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     """Seconds of one call of each variant in each round."""
     calls = {}
-    for name, run in variants.items():
+    for name, (function, args) in variants.items():
+        jax.block_until_ready(function(*args))
+        first = time.perf_counter()
         for _ in range(WARMUPS):
             started = time.perf_counter()
-            jax.block_until_ready(run())
+            jax.block_until_ready(function(*args))
             calls[name] = max(1, int(LEAST_S / (time.perf_counter() - started)))
+            if time.perf_counter() - first > WARMUP_S:
+                break
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name in random.sample(list(variants), len(variants)):
+            function, args = variants[name]
             started = time.perf_counter()
             for _ in range(calls[name]):
-                jax.block_until_ready(variants[name]())
+                jax.block_until_ready(function(*args))
             times[name].append((time.perf_counter() - started) / calls[name])
     return times
+
+
+def temporary_bytes(call: Call) -> int:
+    function, args = call
+    return int(function.lower(*args).compile().memory_analysis().temp_size_in_bytes)
 
 
 def random_weights(*shape: int, seed: int = 0) -> mxfp4.MXFP4Array:

@@ -42,6 +42,11 @@ def main() -> None:
         write("header", "valid", source.read_bytes()[8 : 8 + length])
         write("manifest", "valid", (tree / "manifest.json").read_bytes())
         write("journal", "valid", journal)
+        save_file({"a.weight": np.arange(64, dtype=np.float32).reshape(2, 32) / 7}, source)
+        tree = Path(folder) / "quantized"
+        tensorport.convert(source, tree, mxfp4="quantize", quantize="*", progress=watch)
+        write("manifest", "quantized", (tree / "manifest.json").read_bytes())
+        write("journal", "quantized", journal)
     write(
         "index",
         "valid",

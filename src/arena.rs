@@ -22,6 +22,8 @@ const HUGE_PAGE_BYTES: usize = 2 << 20;
 #[derive(Debug)]
 pub struct Arena {
     memory: MmapMut,
+    /// Its pages are there.
+    is_touched: bool,
 }
 
 impl Arena {
@@ -36,7 +38,7 @@ impl Arena {
         if !system::returns_free_pages() {
             let _ = memory.advise_range(memmap2::Advice::HugePage, 0, nbytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES);
         }
-        Ok(Self { memory })
+        Ok(Self { memory, is_touched: false })
     }
 
     /// The memory.
@@ -57,13 +59,15 @@ impl Arena {
 const TOUCH_BYTES: usize = 32 << 20;
 
 /// Brings the pages of new arenas, on several threads: a fault for each page, as it is read into, costs more than the
-/// reading. Systems that have no call for this bring each page when it is first touched.
+/// reading. Arenas that are used again have theirs: to ask for pages that are there takes most of the time of decoding
+/// into them. Systems that have no call for this bring each page when it is first touched.
 #[cfg_attr(not(target_os = "linux"), expect(unused_variables, reason = "Linux alone has the call"))]
-pub fn touch(arenas: &[Arena], workers: usize) {
+pub fn touch(arenas: &mut [Arena], workers: usize) {
     #[cfg(target_os = "linux")]
     {
         let ranges: Vec<_> = arenas
             .iter()
+            .filter(|arena| !arena.is_touched)
             .flat_map(|arena| (0..arena.memory.len()).step_by(TOUCH_BYTES).map(move |start| (arena, start)))
             .collect();
         let next = AtomicUsize::new(0);
@@ -77,6 +81,9 @@ pub fn touch(arenas: &[Arena], workers: usize) {
                 });
             }
         });
+    }
+    for arena in arenas {
+        arena.is_touched = true;
     }
 }
 

@@ -11,6 +11,8 @@ use crate::cast::Counts;
 use crate::checksum::{Checksum, TensorHasher};
 use crate::error::{Error, Result};
 use crate::file;
+use crate::manifest::Losses;
+use crate::mxfp4::ErrorSums;
 use crate::output::npy;
 use crate::plan::PlannedTensor;
 use crate::progress::{Observer, Phase, Progress};
@@ -33,8 +35,8 @@ pub(crate) struct CheckTensor<'a> {
     pub whole: Checksum,
     /// Hash of its data in each file, as recorded.
     pub parts: &'a [Checksum],
-    /// Values that overflow and underflow, where they are to be compared with the source.
-    pub counts: Option<(u64, u64)>,
+    /// What was lost, as recorded, where that is to be compared with the source.
+    pub losses: Option<Losses>,
     /// How to make it from the source, when its values are to be compared.
     pub planned: Option<&'a PlannedTensor>,
 }
@@ -120,6 +122,7 @@ struct CheckScratch<'a> {
     written: Vec<u8>,
     written_bytes: usize,
     counts: Counts,
+    error_sums: ErrorSums,
     /// What is wrong with the chunk at hand.
     fault: Option<Fault>,
 }
@@ -135,6 +138,7 @@ enum Fault {
 struct CheckState {
     hasher: TensorHasher,
     counts: Counts,
+    error_sums: ErrorSums,
     broken: bool,
     differs: bool,
 }
@@ -162,13 +166,15 @@ impl<'a> Job for CheckJob<'a> {
             written: Vec::new(),
             written_bytes: 0,
             counts: Counts::default(),
+            error_sums: ErrorSums::default(),
             fault: None,
         }
     }
 
     fn begin(&self, item: usize) -> CheckState {
         let hasher = TensorHasher::new(self.tensors[item].files.len());
-        CheckState { hasher, counts: Counts::default(), broken: false, differs: false }
+        let (counts, error_sums) = (Counts::default(), ErrorSums::default());
+        CheckState { hasher, counts, error_sums, broken: false, differs: false }
     }
 
     fn process(&self, chunk: &Chunk, scratch: &mut Self::Scratch) -> Result<()> {
@@ -181,6 +187,7 @@ impl<'a> Job for CheckJob<'a> {
         scratch.fault = self.read(chunk, scratch, start).err().map(read_fault).transpose()?.map(Fault::File);
         if let (None, Some(planned), Some(producer)) = (&scratch.fault, tensor.planned, &mut scratch.producer) {
             scratch.counts = producer.produce(planned.transform, &planned.sources, &chunk.units)?;
+            scratch.error_sums = producer.take_error_sums();
             let written = &scratch.written[..scratch.written_bytes];
             scratch.fault = difference(planned, start, written, producer.output()).map(Fault::Value);
         }
@@ -203,6 +210,7 @@ impl<'a> Job for CheckJob<'a> {
         }
         state.hasher.update(&scratch.written[..scratch.written_bytes], chunk.ends_piece);
         state.counts.merge(std::mem::take(&mut scratch.counts));
+        state.error_sums.merge(&std::mem::take(&mut scratch.error_sums));
         Ok(())
     }
 
@@ -224,10 +232,14 @@ impl<'a> Job for CheckJob<'a> {
                 verify::in_manifest(Some(tensor.name), "its checksums are not those of its parts".into()),
             ));
         }
-        let counted = (state.counts.overflow, state.counts.underflow);
-        if tensor.planned.is_some() && tensor.counts.is_some_and(|told| told != counted) {
-            let what = format!("overflow and underflow: found {:?}, expected {counted:?}", tensor.counts);
-            self.failures().push((item, verify::in_manifest(Some(tensor.name), what)));
+        if let (Some(planned), Some(told)) = (tensor.planned, tensor.losses) {
+            let Counts { overflow, underflow, .. } = state.counts;
+            let quantization = planned.transform.encodes_blocks().then(|| state.error_sums.error());
+            let found = Losses { overflow, underflow, quantization };
+            if told != found {
+                let what = format!("found {told}, expected {found}");
+                self.failures().push((item, verify::in_manifest(Some(tensor.name), what)));
+            }
         }
         Ok(())
     }

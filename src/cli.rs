@@ -11,9 +11,10 @@ use serde::Serialize;
 
 use crate::cast::OnOverflow;
 use crate::checkpoint::Checkpoint;
-use crate::convert::{self, ConversionReport, Mode};
+use crate::convert::{self, ConversionReport, Mode, Quantized};
 use crate::error::{Error, Result, printable};
 use crate::inspect::{self, grouped, human_bytes, one_line};
+use crate::mxfp4::ScaleRule;
 use crate::plan::{Format, Mxfp4Mode, Options, Precision};
 use crate::progress::{Event, Phase};
 use crate::verify;
@@ -82,9 +83,15 @@ struct ConvertArgs {
     /// Precision of the float tensors
     #[arg(long, value_enum, default_value = "source")]
     precision: Precision,
-    /// Keep MXFP4 blocks and scales, or decode them
+    /// Keep MXFP4 blocks and scales, decode them, or encode chosen matrices
     #[arg(long, value_enum, default_value = "keep")]
     mxfp4: Mxfp4Mode,
+    /// Encode matrices that match, with --mxfp4 quantize; may be repeated
+    #[arg(long, value_name = "GLOB")]
+    quantize: Option<Vec<String>>,
+    /// Scales of what is encoded, with --mxfp4 quantize [default: floor]
+    #[arg(long, value_enum)]
+    scale_rule: Option<ScaleRule>,
     /// Largest shard in GB (10^9 bytes)
     #[arg(long, value_name = "GB", default_value_t = 1.8)]
     shard_size: f64,
@@ -223,6 +230,8 @@ fn dispatch(cli: Cli, host: Host, interrupted: &mut dyn FnMut() -> ControlFlow<(
                 format: args.format,
                 precision: args.precision,
                 mxfp4: args.mxfp4,
+                quantize: args.quantize,
+                scale_rule: args.scale_rule,
                 shard_size: args.shard_size,
                 include: args.include,
                 exclude: args.exclude,
@@ -316,6 +325,9 @@ fn describe_conversion(report: &ConversionReport) -> String {
     }
     for (name, count) in &report.underflow.0 {
         text += &format!("{}: {count} values became zero\n", one_line(name));
+    }
+    for (name, Quantized { error, compression }) in &report.quantization.0 {
+        text += &format!("{}: quantized, {compression:.2} times smaller, {error}\n", one_line(name));
     }
     text
 }

@@ -15,7 +15,8 @@ use crate::dtype;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::journal::{Entry, Journal};
-use crate::manifest::{FORMAT_VERSION, Manifest, ShardInfo, SideFileOrigin, SourceInfo, TensorInfo};
+use crate::manifest::{FORMAT_VERSION, Losses, Manifest, ShardInfo, SideFileOrigin, SourceInfo, TensorInfo};
+use crate::mxfp4::{BLOCK_BYTES, BLOCKS_SUFFIX, ErrorSums, MX_BLOCK_SIZE, QuantizationError};
 use crate::ordered_map::OrderedMap;
 use crate::output_folder::{self, Expected, OutputFolder, Prepared};
 use crate::plan::{self, Options, Plan, PlannedTensor};
@@ -59,6 +60,8 @@ pub struct ConversionReport {
     pub overflow: OrderedMap<u64>,
     /// Values that became zero and were not, by tensor; only tensors that have some.
     pub underflow: OrderedMap<u64>,
+    /// What encoding to MXFP4 lost and gained, by the name of the matrix.
+    pub quantization: OrderedMap<Quantized>,
     /// Files beside the tensors that were copied as they were.
     pub copied_files: Vec<String>,
     /// Files beside the tensors that were corrected to fit.
@@ -69,6 +72,16 @@ pub struct ConversionReport {
     pub verified: bool,
     /// Wall time, verification included.
     pub seconds: f64,
+}
+
+/// What encoding one matrix to MXFP4 lost and gained.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Quantized {
+    /// The error of its values.
+    #[serde(flatten)]
+    pub error: QuantizationError,
+    /// Bytes of the source for a byte of codes and scales.
+    pub compression: f64,
 }
 
 /// Converts the checkpoint at `source` into `output`.
@@ -82,6 +95,7 @@ pub fn convert(
 ) -> Result<ConversionReport> {
     let started = Instant::now();
     let pool = resources.pool()?;
+    let options = &options.settled()?;
     let checkpoint = Checkpoint::open(source)?;
     let plan = plan::plan(checkpoint.tensors(), |tensor| checkpoint.path_of(tensor), options)?;
     let side_files = side_files::plan(&checkpoint, &plan, options)?;
@@ -100,7 +114,8 @@ pub fn convert(
         job.verify_written(&manifest, &entries, pool, observer)?;
     }
     folder.finish(&manifest, job.tensor_infos(&entries))?;
-    let losses = entries.iter().map(|entry| (entry.tensor.as_str(), entry.overflow, entry.underflow));
+    let tensors = plan.tensors.iter().zip(&entries);
+    let losses = tensors.map(|(tensor, entry)| (tensor.name.as_str(), tensor.source_dtype, entry.losses()));
     Ok(job.report(&manifest, losses, resumed_tensors, mode.verify, started))
 }
 
@@ -120,7 +135,12 @@ impl Conversion<'_> {
         pool: Pool,
         observer: &mut Observer<'_>,
     ) -> Result<Vec<Option<Entry>>> {
-        let mut done: Vec<_> = self.plan.tensors.iter().map(|tensor| listed.remove(&tensor.name)).collect();
+        // Blocks whose line says nothing of their error are done again.
+        let listed = |tensor: &PlannedTensor| {
+            let entry = listed.remove(&tensor.name)?;
+            (entry.quantization.is_some() == tensor.transform.encodes_blocks()).then_some(entry)
+        };
+        let mut done: Vec<_> = self.plan.tensors.iter().map(listed).collect();
         if done.iter().any(Option::is_some) {
             let entries = done.iter().map(Option::as_ref);
             let failures = self.check(Phase::Check, entries, pool, observer)?;
@@ -164,7 +184,7 @@ impl Conversion<'_> {
             files: files.collect(),
             whole: entry.xxh3_128,
             parts: &entry.part_xxh3_128,
-            counts: None,
+            losses: None,
             planned: None,
         }
     }
@@ -225,6 +245,7 @@ impl Conversion<'_> {
                 part_xxh3_128: entry.part_xxh3_128.clone(),
                 overflow: entry.overflow,
                 underflow: entry.underflow,
+                quantization: entry.quantization,
             };
             (tensor.name.as_str(), info)
         })
@@ -286,22 +307,24 @@ impl Conversion<'_> {
         })))
     }
 
-    /// `losses` are each tensor's overflow and underflow.
+    /// `losses` are each tensor's name, its dtype in the source, and what it lost.
     fn report<'b>(
         &self,
         manifest: &Manifest,
-        losses: impl Iterator<Item = (&'b str, u64, u64)>,
+        losses: impl Iterator<Item = (&'b str, &'b str, Losses)>,
         resumed_tensors: u64,
         verified: bool,
         started: Instant,
     ) -> ConversionReport {
         let (mut overflow, mut underflow) = (OrderedMap::default(), OrderedMap::default());
-        for (name, overflows, underflows) in losses {
-            for (counts, count) in [(&mut overflow, overflows), (&mut underflow, underflows)] {
+        let mut quantization = OrderedMap::default();
+        for (name, source_dtype, lost) in losses {
+            for (counts, count) in [(&mut overflow, lost.overflow), (&mut underflow, lost.underflow)] {
                 if count > 0 {
                     counts.0.push((name.to_owned(), count));
                 }
             }
+            quantization.0.extend(lost.quantization.map(|error| quantized(name, source_dtype, error)));
         }
         let of_origin = |origin: SideFileOrigin| {
             let files = manifest.side_files.0.iter().filter(|(_, info)| info.origin == origin);
@@ -323,6 +346,7 @@ impl Conversion<'_> {
             resumed_tensors,
             overflow,
             underflow,
+            quantization,
             copied_files: of_origin(SideFileOrigin::Copied),
             edited_files: of_origin(SideFileOrigin::Edited),
             warnings,
@@ -356,9 +380,19 @@ impl Conversion<'_> {
             let found = format_args!("a finished tree of another source ({found})");
             return Err(Error::output(self.output, found, "overwrite, or another folder"));
         }
-        let losses = manifest.tensors.0.iter().map(|(name, info)| (name.as_str(), info.overflow, info.underflow));
+        let tensors = manifest.tensors.0.iter();
+        let losses = tensors.map(|(name, info)| (name.as_str(), info.source_dtype.as_str(), info.losses()));
         Ok(self.report(manifest, losses, manifest.total_tensors, true, started))
     }
+}
+
+/// The entry of a report for blocks that were made of a matrix of some dtype.
+fn quantized(blocks: &str, source_dtype: &str, error: QuantizationError) -> (String, Quantized) {
+    let name = blocks.strip_suffix(BLOCKS_SUFFIX).unwrap_or(blocks).to_owned();
+    let source_bits = dtype::from_name(source_dtype).map_or(0, |dtype| dtype.bitsize());
+    #[expect(clippy::cast_precision_loss, reason = "bytes of a block")]
+    let compression = (source_bits / 8 * MX_BLOCK_SIZE) as f64 / (BLOCK_BYTES + 1) as f64;
+    (name, Quantized { error, compression })
 }
 
 /// Writes tensors chunk by chunk.
@@ -385,6 +419,7 @@ struct WriteScratch<'a> {
 struct WriteState {
     hasher: TensorHasher,
     counts: Counts,
+    error_sums: ErrorSums,
 }
 
 impl WriteJob<'_> {
@@ -408,7 +443,8 @@ impl<'a> Job for WriteJob<'a> {
     }
 
     fn begin(&self, item: usize) -> WriteState {
-        WriteState { hasher: TensorHasher::new(self.tensor(item).pieces.len()), counts: Counts::default() }
+        let hasher = TensorHasher::new(self.tensor(item).pieces.len());
+        WriteState { hasher, counts: Counts::default(), error_sums: ErrorSums::default() }
     }
 
     fn process(&self, chunk: &Chunk, scratch: &mut Self::Scratch) -> Result<()> {
@@ -426,6 +462,7 @@ impl<'a> Job for WriteJob<'a> {
         let tensor = self.tensor(chunk.item);
         state.hasher.update(scratch.producer.output(), chunk.ends_piece);
         state.counts.merge(scratch.counts);
+        state.error_sums.merge(&scratch.producer.take_error_sums());
         if chunk.ends_item && state.counts.overflow > 0 && self.on_overflow == OnOverflow::Error {
             let target = Target::from_dtype(tensor.dtype).expect("only casts overflow");
             return Err(Error::Overflow {
@@ -455,6 +492,7 @@ impl<'a> Job for WriteJob<'a> {
             part_xxh3_128: checksums.parts,
             overflow: state.counts.overflow,
             underflow: state.counts.underflow,
+            quantization: self.tensor(item).transform.encodes_blocks().then(|| state.error_sums.error()),
         };
         // Under the lock: lines of two workers must not mix.
         let mut entries = lock(&self.entries);

@@ -15,6 +15,8 @@ use crate::checkpoint::{Checkpoint, Fingerprint};
 use crate::checksum::{Checksum, TensorChecksums};
 use crate::error::{Error, Result};
 use crate::file;
+use crate::manifest::Losses;
+use crate::mxfp4::QuantizationError;
 use crate::plan::Options;
 
 /// Name of the journal in an unfinished tree.
@@ -55,6 +57,9 @@ pub struct Entry {
     pub overflow: u64,
     /// Source values that became zero and were not.
     pub underflow: u64,
+    /// What encoding lost, of MXFP4 blocks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<QuantizationError>,
 }
 
 impl Entry {
@@ -62,6 +67,12 @@ impl Entry {
     #[must_use]
     pub fn checksums(&self) -> TensorChecksums {
         TensorChecksums { whole: self.xxh3_128, parts: self.part_xxh3_128.clone() }
+    }
+
+    /// What was lost.
+    #[must_use]
+    pub fn losses(&self) -> Losses {
+        Losses { overflow: self.overflow, underflow: self.underflow, quantization: self.quantization }
     }
 }
 

@@ -8,6 +8,7 @@
 //! | [`plan`], [`names`], [`select`], [`output`] | what a conversion will write, and where (pure) |
 //! | [`mod@convert`], [`transform`], [`work`], [`journal`], [`side_files`] | doing it: parallel, bounded, resumable |
 //! | [`manifest`], [`mod@verify`], [`checksum`] | what a converted tree says of itself, and whether that holds |
+//! | [`arena`], [`mod@load`], [`codec`] | tensors in memory: read from files, decoded and encoded |
 //! | [`inspect`], [`synthetic`], [`cli`] | tables and statistics, random checkpoints, the command line |
 
 pub mod arena;
@@ -16,9 +17,11 @@ mod check;
 pub mod checkpoint;
 pub mod checksum;
 pub mod cli;
+pub mod codec;
 pub mod convert;
 pub mod dtype;
 pub mod error;
+mod exact_sum;
 pub mod file;
 pub mod header;
 pub mod index;

@@ -122,6 +122,9 @@ impl Request {
             Transform::Cast { .. } | Transform::Narrow { .. } => (1, 1),
             Transform::Dequantize { .. } => (MX_BLOCK_SIZE as u64, 1),
             Transform::Unpack => (2, 1),
+            Transform::QuantizeBlocks { .. } | Transform::QuantizeScales { .. } => {
+                unreachable!("no conversion of a request encodes")
+            }
         }
     }
 }
@@ -186,7 +189,7 @@ pub fn load(
     let workers = resources.pool()?;
     let layout = Layout::new(requests);
     let mut arenas = layout.arenas.iter().map(|&nbytes| pool.take(nbytes)).collect::<Result<Vec<_>>>()?;
-    arena::touch(&arenas, workers.workers);
+    arena::touch(&mut arenas, workers.workers);
     let memory = layout.split(&mut arenas);
     let (counts, bytes_read) = read(checkpoint, requests, memory, on_overflow, workers, observer)?;
     for (request, counts) in requests.iter().zip(&counts) {

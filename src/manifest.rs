@@ -1,6 +1,7 @@
 //! `manifest.json`: what a converted tree holds. docs/format.md describes the schema.
 
 use std::borrow::Borrow;
+use std::fmt;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
@@ -10,6 +11,7 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::checkpoint::Fingerprint;
 use crate::checksum::Checksum;
 use crate::error::{Error, Result};
+use crate::mxfp4::QuantizationError;
 use crate::ordered_map::OrderedMap;
 use crate::plan::Options;
 
@@ -102,7 +104,7 @@ pub struct SideFileInfo {
 }
 
 /// One tensor.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TensorInfo {
     /// Files that hold it, relative to the manifest; more than one when it is split along axis 0.
@@ -127,6 +129,41 @@ pub struct TensorInfo {
     pub overflow: u64,
     /// Source values that became zero and were not.
     pub underflow: u64,
+    /// What encoding lost, of the MXFP4 blocks that a conversion made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantization: Option<QuantizationError>,
+}
+
+/// What a conversion lost of one tensor.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Losses {
+    /// Finite source values beyond the dtype's range.
+    pub overflow: u64,
+    /// Source values that became zero and were not.
+    pub underflow: u64,
+    /// What encoding lost, of MXFP4 blocks.
+    pub quantization: Option<QuantizationError>,
+}
+
+impl fmt::Display for Losses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "overflow {}, underflow {}", self.overflow, self.underflow)?;
+        match &self.quantization {
+            // As the manifest has it, to the last digit.
+            Some(error) => {
+                write!(f, ", quantization {}", serde_json::to_string(error).expect("plain numbers serialize"))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl TensorInfo {
+    /// What it says was lost.
+    #[must_use]
+    pub fn losses(&self) -> Losses {
+        Losses { overflow: self.overflow, underflow: self.underflow, quantization: self.quantization }
+    }
 }
 
 impl Manifest {

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
 
+use globset::GlobSet;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
@@ -12,10 +13,10 @@ use crate::checkpoint::TensorSpec;
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::header;
-use crate::mxfp4::{self, Candidate, Pair};
+use crate::mxfp4::{self, BLOCK_BYTES, BLOCKS_SUFFIX, Candidate, MX_BLOCK_SIZE, Pair, SCALES_SUFFIX, ScaleRule};
 use crate::names;
 use crate::output::npy;
-use crate::select::Selection;
+use crate::select::{self, Selection};
 use crate::transform::Transform;
 
 /// Options of a conversion that change its bytes.
@@ -26,8 +27,14 @@ pub struct Options {
     pub format: Format,
     /// Precision of the float tensors.
     pub precision: Precision,
-    /// What becomes of MXFP4 pairs.
+    /// What becomes of MXFP4 pairs, or what becomes one.
     pub mxfp4: Mxfp4Mode,
+    /// Globs of the float matrices to encode; [`Mxfp4Mode::Quantize`] alone takes them, and needs them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantize: Option<Vec<String>>,
+    /// How the scales of the encoded matrices are chosen; None is the default. [`Mxfp4Mode::Quantize`] alone takes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scale_rule: Option<ScaleRule>,
     /// Largest shard, in GB (10^9 bytes) of tensor data.
     pub shard_size: f64,
     /// Globs of the tensors to take; None takes all.
@@ -44,6 +51,8 @@ impl Default for Options {
             format: Format::NumpyDirect,
             precision: Precision::Source,
             mxfp4: Mxfp4Mode::Keep,
+            quantize: None,
+            scale_rule: None,
             shard_size: 1.8,
             include: None,
             exclude: None,
@@ -66,6 +75,46 @@ impl Options {
         #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "in range by the check above")]
         Ok(bytes as u64)
     }
+
+    /// These options as a manifest states them: with what was left open, if they do not contradict each other.
+    pub fn settled(&self) -> Result<Self> {
+        let scale_rule = self.quantization()?.map(|quantization| quantization.rule);
+        Ok(Self { scale_rule, ..self.clone() })
+    }
+
+    /// What to encode and how, for [`Mxfp4Mode::Quantize`].
+    fn quantization(&self) -> Result<Option<Quantization<'_>>> {
+        if self.mxfp4 != Mxfp4Mode::Quantize {
+            let found = |name, value| Err(Error::Argument { name, found: value, expected: ONLY_QUANTIZE.into() });
+            return match (&self.quantize, self.scale_rule) {
+                (Some(globs), _) => found("quantize", format!("{globs:?}")),
+                (None, Some(rule)) => found("scale_rule", format!("{rule:?}").to_lowercase()),
+                (None, None) => Ok(None),
+            };
+        }
+        match self.quantize.as_deref() {
+            None | Some([]) => Err(Error::Argument {
+                name: "quantize",
+                found: "no glob".into(),
+                expected: "at least one: the names of the matrices that mxfp4=\"quantize\" encodes".into(),
+            }),
+            Some(patterns) => Ok(Some(Quantization {
+                patterns,
+                globs: select::compile("quantize", patterns)?,
+                rule: self.scale_rule.unwrap_or_default(),
+            })),
+        }
+    }
+}
+
+/// What `quantize` and `scale_rule` need.
+const ONLY_QUANTIZE: &str = "none unless mxfp4 is \"quantize\"";
+
+/// Which matrices to encode, and how.
+struct Quantization<'a> {
+    patterns: &'a [String],
+    globs: GlobSet,
+    rule: ScaleRule,
 }
 
 /// Output formats.
@@ -114,6 +163,8 @@ pub enum Mxfp4Mode {
     Keep,
     /// Each pair becomes one float tensor, the contraction axis last.
     Dequantize,
+    /// Float matrices that globs choose become pairs; pairs stay.
+    Quantize,
 }
 
 /// A whole conversion.
@@ -155,10 +206,22 @@ pub struct PlannedTensor {
 }
 
 impl PlannedTensor {
+    /// What MXFP4 pairing looks at in the output; `path` is for messages.
+    #[must_use]
+    pub fn candidate<'a>(&'a self, path: &'a Path) -> Candidate<'a> {
+        Candidate { name: &self.name, dtype: self.dtype, shape: &self.shape, path }
+    }
+
     /// Bytes of its data in one of its pieces.
     #[must_use]
     pub fn piece_nbytes(&self, piece: &Piece) -> u64 {
         (piece.units.end - piece.units.start) * self.transform.output_unit_bytes()
+    }
+
+    /// The name of the matrix, where these are its blocks that a conversion makes.
+    #[must_use]
+    pub fn encoded_name(&self) -> Option<&str> {
+        self.name.strip_suffix(BLOCKS_SUFFIX).filter(|_| self.transform.encodes_blocks())
     }
 
     /// The header of the npy file of one of its pieces.
@@ -199,11 +262,12 @@ pub fn plan<'a>(
 ) -> Result<Plan> {
     let shard_bytes = options.shard_bytes()?;
     let selection = Selection::new(options.include.as_deref(), options.exclude.as_deref())?;
+    let quantization = options.quantization()?;
     let candidates: Vec<_> = tensors.iter().map(|tensor| tensor.candidate(path_of(tensor))).collect();
-    let pairing = mxfp4::pair(&candidates);
-    let planned = match options.mxfp4 {
-        Mxfp4Mode::Keep => plain_tensors(&candidates, options, &selection, &HashSet::new())?,
+    let mut planned = match options.mxfp4 {
+        Mxfp4Mode::Keep | Mxfp4Mode::Quantize => plain_tensors(&candidates, options, &selection, &HashSet::new())?,
         Mxfp4Mode::Dequantize => {
+            let pairing = mxfp4::pair(&candidates);
             // A misfit has two names, like a pair: leaving out either leaves it out.
             let mut halves: HashSet<usize> = pairing.pairs.iter().flat_map(|pair| [pair.blocks, pair.scales]).collect();
             for misfit in pairing.misfits {
@@ -217,7 +281,7 @@ pub fn plan<'a>(
                 planned.push((pair.blocks, dequantized(pair, &candidates, options)?));
             }
             planned.sort_by_key(|(position, _)| *position);
-            refuse_duplicate_names(&planned, &candidates)?;
+            refuse_duplicate_names(&planned, &candidates, "one tensor of this name after MXFP4 blocks are decoded")?;
             planned
         }
     };
@@ -231,18 +295,15 @@ pub fn plan<'a>(
             ),
         });
     }
-    let outputs: Vec<_> = planned
-        .iter()
-        .map(|(position, tensor)| Candidate {
-            name: &tensor.name,
-            dtype: tensor.dtype,
-            shape: &tensor.shape,
-            path: candidates[*position].path,
-        })
-        .collect();
+    let mut warnings = Vec::new();
+    if let Some(quantization) = &quantization {
+        planned = quantized_tensors(planned, &candidates, quantization, &mut warnings)?;
+        refuse_duplicate_names(&planned, &candidates, "one tensor of this name after matrices are encoded")?;
+    }
+    let outputs: Vec<_> =
+        planned.iter().map(|(position, tensor)| tensor.candidate(candidates[*position].path)).collect();
     let (total_parameters, stored_elements) = mxfp4::count_parameters(&outputs);
     let mut planned: Vec<_> = planned.into_iter().map(|(_, tensor)| tensor).collect();
-    let mut warnings = Vec::new();
     let (files, shards) = match options.format {
         Format::NumpyDirect => place_numpy_direct(&mut planned, shard_bytes, &mut warnings)?,
     };
@@ -307,13 +368,80 @@ fn dequantized(pair: &Pair, candidates: &[Candidate<'_>], options: &Options) -> 
     })
 }
 
-fn refuse_duplicate_names(planned: &[(usize, PlannedTensor)], candidates: &[Candidate<'_>]) -> Result<()> {
+/// The tensors of a plan with the matrices that are to be encoded as blocks and scales; the others as they are.
+fn quantized_tensors(
+    planned: Vec<(usize, PlannedTensor)>,
+    candidates: &[Candidate<'_>],
+    quantization: &Quantization<'_>,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<(usize, PlannedTensor)>> {
+    let (total, mut matching, mut encoded) = (planned.len(), 0, 0);
+    let mut tensors = Vec::with_capacity(total);
+    for (index, tensor) in planned {
+        let source = &candidates[index];
+        let is_chosen = quantization.globs.is_match(source.name);
+        matching += usize::from(is_chosen);
+        if !is_chosen || !is_float_matrix(source.dtype, source.shape) {
+            tensors.push((index, tensor));
+            continue;
+        }
+        let &[ref rows_shape @ .., k] = source.shape else { unreachable!("a matrix has rows") };
+        if k == 0 || k % MX_BLOCK_SIZE as u64 != 0 {
+            warnings.push(format!(
+                "tensor {:?} is not quantized: its rows hold {k} values, no whole blocks of {MX_BLOCK_SIZE}",
+                tensor.name
+            ));
+            tensors.push((index, tensor));
+            continue;
+        }
+        encoded += 1;
+        let scales_shape = [rows_shape, &[k / MX_BLOCK_SIZE as u64]].concat();
+        let blocks_shape = [scales_shape.as_slice(), &[BLOCK_BYTES as u64]].concat();
+        let (from, rule) = (source.dtype, quantization.rule);
+        for (suffix, shape, transform) in [
+            (BLOCKS_SUFFIX, blocks_shape, Transform::QuantizeBlocks { from, rule }),
+            (SCALES_SUFFIX, scales_shape, Transform::QuantizeScales { from, rule }),
+        ] {
+            let name = format!("{}{suffix}", tensor.name);
+            let nbytes = header::tensor_nbytes(source.path, &name, Dtype::U8, &shape)?;
+            let (dtype, pieces) = (Dtype::U8, Vec::new());
+            let half = PlannedTensor { name, dtype, shape, nbytes, transform, pieces, ..tensor.clone() };
+            tensors.push((index, half));
+        }
+    }
+    if encoded == 0 {
+        return Err(Error::Mapping {
+            found: format!("{total} tensors, {matching} of them matching quantize {:?}", quantization.patterns),
+            expected: format!(
+                "a float matrix of 2 or 3 dimensions with rows of whole blocks of {MX_BLOCK_SIZE} among these"
+            ),
+        });
+    }
+    Ok(tensors)
+}
+
+/// Whether a tensor is a matrix, or a stack of them, of the floats that can be encoded.
+pub(crate) fn is_float_matrix(dtype: Dtype, shape: &[u64]) -> bool {
+    cast::is_castable(dtype) && matches!(shape.len(), 2 | 3)
+}
+
+fn refuse_duplicate_names(
+    planned: &[(usize, PlannedTensor)],
+    candidates: &[Candidate<'_>],
+    expected: &str,
+) -> Result<()> {
     let mut names = HashSet::new();
     for (position, tensor) in planned {
         if !names.insert(tensor.name.as_str()) {
-            let path = candidates[*position].path;
-            let expected = "one tensor of this name after its MXFP4 blocks are decoded";
-            return Err(Error::tensor(path, &tensor.name, "two", expected));
+            return Err(Error::tensor(candidates[*position].path, &tensor.name, "two", expected));
+        }
+    }
+    // Halves of a pair have two spellings: X_blocks beside X.blocks makes two tensors X.
+    for (position, tensor) in planned {
+        if let Some(base) = tensor.encoded_name()
+            && [".blocks", ".scales"].iter().all(|suffix| names.contains(format!("{base}{suffix}").as_str()))
+        {
+            return Err(Error::tensor(candidates[*position].path, base, "an MXFP4 pair and a matrix", expected));
         }
     }
     Ok(())

@@ -18,6 +18,10 @@ pub enum Phase {
     Load,
     /// Writing random tensors.
     Synthesize,
+    /// Decoding a tensor in memory.
+    Decode,
+    /// Encoding a tensor in memory.
+    Encode,
 }
 
 impl Phase {
@@ -31,6 +35,8 @@ impl Phase {
             Self::Read => "read",
             Self::Load => "load",
             Self::Synthesize => "synthesize",
+            Self::Decode => "decode",
+            Self::Encode => "encode",
         }
     }
 }

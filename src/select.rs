@@ -27,7 +27,8 @@ impl Selection {
     }
 }
 
-fn compile(argument: &'static str, patterns: &[String]) -> Result<GlobSet> {
+/// Compiles globs on tensor names; `argument` is where they come from, for messages.
+pub fn compile(argument: &'static str, patterns: &[String]) -> Result<GlobSet> {
     let mut set = GlobSetBuilder::new();
     for pattern in patterns {
         // Dots are ordinary characters, and so are slashes: `*` crosses both.

@@ -1,8 +1,10 @@
 //! The files beside the tensors: config, tokenizer, chat template, licence; copied, and corrected where they would lie.
 
+use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use serde_json::Value;
 use serde_json::value::RawValue;
 use xxhash_rust::xxh3::Xxh3;
 
@@ -12,8 +14,9 @@ use crate::error::{Error, Result};
 use crate::file;
 use crate::journal::JOURNAL_NAME;
 use crate::manifest::{self, MANIFEST_NAME, SideFileInfo, SideFileOrigin};
+use crate::mxfp4;
 use crate::ordered_map::OrderedMap;
-use crate::plan::{Mxfp4Mode, Options, Plan};
+use crate::plan::{self, Mxfp4Mode, Options, Plan};
 use crate::transform::Transform;
 
 /// The reader for those who have no tensorport; written into every numpy-direct tree.
@@ -122,12 +125,13 @@ fn is_copied(name: &str) -> bool {
             || COPIED_PREFIXES.iter().any(|prefix| name.starts_with(prefix) && !name.contains('.')))
 }
 
-/// config.json without the quantization that is gone and with the dtype that is new; None when it still holds.
+/// config.json with the quantization that is there and the dtype that is new; None when it still holds.
 fn corrected_config(path: &Path, plan: &Plan, options: &Options) -> Result<Option<Vec<u8>>> {
     let is_dequantized = options.mxfp4 == Mxfp4Mode::Dequantize
         && plan.tensors.iter().any(|tensor| matches!(tensor.transform, Transform::Dequantize { .. }));
+    let is_encoded = plan.tensors.iter().any(|tensor| tensor.transform.encodes_blocks());
     let has_casts = plan.tensors.iter().any(|tensor| matches!(tensor.transform, Transform::Cast { .. }));
-    if !is_dequantized && !has_casts {
+    if !is_dequantized && !is_encoded && !has_casts {
         return Ok(None);
     }
     let bytes = file::read_bounded(path, MAX_CONFIG_BYTES)?;
@@ -136,15 +140,20 @@ fn corrected_config(path: &Path, plan: &Plan, options: &Options) -> Result<Optio
     let mut config: RawObject = serde_json::from_str(&quote_constants(&text))
         .map_err(|fault| Error::file(path, fault, "a model configuration: a JSON object"))?;
     if is_dequantized {
-        config.0.retain(|(key, _)| key != "quantization_config");
+        config.0.retain(|(key, _)| key != QUANTIZATION_KEY);
     }
-    let dtype = match options.precision.target() {
-        Some(target) => crate::dtype::name(target.dtype()),
-        None => "bfloat16",
-    };
-    let dtype = raw(&dtype);
-    if !correct_dtype(&mut config, &dtype) {
-        config.0.push(("dtype".into(), dtype));
+    if is_encoded {
+        set_quantization(path, &mut config, plan)?;
+    }
+    if is_dequantized || has_casts {
+        let dtype = match options.precision.target() {
+            Some(target) => crate::dtype::name(target.dtype()),
+            None => "bfloat16",
+        };
+        let dtype = raw(&dtype);
+        if !correct_dtype(&mut config, &dtype) {
+            config.0.push(("dtype".into(), dtype));
+        }
     }
     let mut text = serde_json::to_string_pretty(&config).expect("a JSON object serializes");
     text.push('\n');
@@ -156,6 +165,60 @@ type RawObject = OrderedMap<Box<RawValue>>;
 
 fn raw(value: &impl Serialize) -> Box<RawValue> {
     serde_json::value::to_raw_value(value).expect("JSON serializes")
+}
+
+/// The key of a configuration that says how the weights are quantized.
+const QUANTIZATION_KEY: &str = "quantization_config";
+
+/// Says that the weights are MXFP4, and which are not, as Hugging Face does.
+fn set_quantization(path: &Path, config: &mut RawObject, plan: &Plan) -> Result<()> {
+    #[derive(Serialize)]
+    struct Quantization {
+        quant_method: &'static str,
+        modules_to_not_convert: Vec<String>,
+    }
+    let quantization = Quantization { quant_method: MXFP4, modules_to_not_convert: modules_to_not_convert(plan) };
+    let text = serde_json::to_string_pretty(&quantization).expect("strings serialize");
+    // Line feeds stand between values alone, and the object stands one level deep.
+    let value = RawValue::from_string(text.replace('\n', "\n  ")).expect("JSON");
+    match config.0.iter_mut().find(|(key, _)| key == QUANTIZATION_KEY) {
+        Some((_, earlier)) => {
+            let method = serde_json::from_str::<Value>(earlier.get());
+            if !method.is_ok_and(|earlier| earlier.is_null() || earlier["quant_method"] == MXFP4) {
+                let expected = "none, or one with \"quant_method\": \"mxfp4\", for one model has one quantization";
+                return Err(Error::file(path, format_args!("{QUANTIZATION_KEY} {}", earlier.get()), expected));
+            }
+            *earlier = value;
+        }
+        None => config.0.push((QUANTIZATION_KEY.into(), value)),
+    }
+    Ok(())
+}
+
+/// The method that Hugging Face calls MXFP4 pairs by.
+const MXFP4: &str = "mxfp4";
+
+/// The modules whose matrices stay floats, in their order. A number in a name becomes `*`, for all layers at once, but not
+/// where a matrix that is MXFP4 has a name that begins alike: what reads the list takes its entries for beginnings.
+fn modules_to_not_convert(plan: &Plan) -> Vec<String> {
+    let outputs: Vec<_> = plan.tensors.iter().map(|tensor| tensor.candidate(Path::new(CONFIG_NAME))).collect();
+    let encoded: BTreeSet<String> = mxfp4::pair(&outputs).pairs.iter().map(|pair| any_layer(&pair.name)).collect();
+    let begins_one =
+        |pattern: &str| encoded.range(pattern.to_owned()..).next().is_some_and(|name| name.starts_with(pattern));
+    let mut seen = HashSet::new();
+    let kept = plan.tensors.iter().filter(|tensor| plan::is_float_matrix(tensor.dtype, &tensor.shape));
+    let modules = kept.map(|tensor| {
+        let module = tensor.name.strip_suffix(".weight").unwrap_or(&tensor.name);
+        let pattern = any_layer(module);
+        if begins_one(&pattern) { module.to_owned() } else { pattern }
+    });
+    modules.filter(|module| seen.insert(module.clone())).collect()
+}
+
+/// A dotted name with `*` for each number between its dots.
+fn any_layer(name: &str) -> String {
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    name.split('.').map(|part| if is_number(part) { "*" } else { part }).collect::<Vec<_>>().join(".")
 }
 
 /// Names the new dtype wherever the configuration, or one of a part of the model in it, names one.
@@ -214,6 +277,14 @@ fn unquote_constants(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn whole_numbers_between_dots_are_layers() {
+        assert_eq!(any_layer("model.layers.10.mlp.experts.3.w1"), "model.layers.*.mlp.experts.*.w1");
+        for name in ["", ".", "a", "a.b1.2c", "v.١", "-1.+2"] {
+            assert_eq!(any_layer(name), name);
+        }
+    }
 
     #[test]
     fn python_constants_survive() {

@@ -14,6 +14,8 @@ mod unix {
     use std::io::{self, ErrorKind};
     use std::os::unix::fs::FileExt;
     use std::path::Path;
+    #[cfg(target_os = "linux")]
+    use std::sync::OnceLock;
 
     /// Fills `buffer` from `offset` on.
     pub fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
@@ -96,8 +98,12 @@ mod unix {
     pub fn returns_free_pages() -> bool {
         // Order of the stretches; all bits are set where nobody asked for them.
         const PATH: &str = "/sys/module/page_reporting/parameters/page_reporting_order";
-        let order = std::fs::read_to_string(PATH).ok().and_then(|text| text.trim().parse::<u32>().ok());
-        order.is_some_and(|order| order < u64::BITS)
+        // Small arenas are made faster than the file is read.
+        static RETURNS_FREE_PAGES: OnceLock<bool> = OnceLock::new();
+        *RETURNS_FREE_PAGES.get_or_init(|| {
+            let order = std::fs::read_to_string(PATH).ok().and_then(|text| text.trim().parse::<u32>().ok());
+            order.is_some_and(|order| order < u64::BITS)
+        })
     }
 
     /// Whether a file lies on a filesystem behind a network: not asked here, files count as local.

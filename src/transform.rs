@@ -9,7 +9,7 @@ use crate::cast::{self, Counts, OnOverflow, Target};
 use crate::checkpoint::{Checkpoint, TensorSpec};
 use crate::error::{Error, Result};
 use crate::file;
-use crate::mxfp4::{self, BLOCK_BYTES, DecodeTable, MX_BLOCK_SIZE};
+use crate::mxfp4::{self, BLOCK_BYTES, DecodeTable, ErrorSums, MX_BLOCK_SIZE, ScaleRule};
 
 /// How source bytes become output bytes. Work is divided in units: the smallest stretch that can be done alone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,6 +27,20 @@ pub enum Transform {
     Dequantize {
         /// Target dtype.
         to: Target,
+    },
+    /// Floats to MXFP4 blocks; a unit is a block of 32 values.
+    QuantizeBlocks {
+        /// Source dtype.
+        from: Dtype,
+        /// Rule of the scales.
+        rule: ScaleRule,
+    },
+    /// Floats to the scales of those blocks; a unit is a block of 32 values.
+    QuantizeScales {
+        /// Source dtype.
+        from: Dtype,
+        /// Rule of the scales.
+        rule: ScaleRule,
     },
     /// 64-bit integers to 32 bits of the same sign; a unit is an element. Loading alone does this.
     Narrow {
@@ -47,6 +61,11 @@ impl Transform {
             Self::Cast { from: Dtype::F32, .. } => &[4],
             Self::Cast { .. } => &[2],
             Self::Dequantize { .. } => &[BLOCK_BYTES as u64, 1],
+            Self::QuantizeBlocks { from, .. } | Self::QuantizeScales { from, .. } => match from {
+                Dtype::F64 => &[8 * MX_BLOCK_SIZE as u64],
+                Dtype::F32 => &[4 * MX_BLOCK_SIZE as u64],
+                _ => &[2 * MX_BLOCK_SIZE as u64],
+            },
         }
     }
 
@@ -55,18 +74,43 @@ impl Transform {
     pub fn output_unit_bytes(self) -> u64 {
         let element = |to: Target| to.dtype().bitsize() as u64 / 8;
         match self {
-            Self::Copy => 1,
+            Self::Copy | Self::QuantizeScales { .. } => 1,
             Self::Cast { to, .. } => element(to),
             Self::Dequantize { to } => element(to) * MX_BLOCK_SIZE as u64,
+            Self::QuantizeBlocks { .. } => BLOCK_BYTES as u64,
             Self::Narrow { .. } => 4,
             Self::Unpack => 2,
+        }
+    }
+
+    /// Whether it makes MXFP4 blocks, and so has a [`mxfp4::QuantizationError`].
+    #[must_use]
+    pub fn encodes_blocks(self) -> bool {
+        matches!(self, Self::QuantizeBlocks { .. })
+    }
+
+    /// Bytes of a unit that are made along with the output and dropped: the other half of a pair.
+    fn dropped_unit_bytes(self) -> u64 {
+        match self {
+            Self::QuantizeBlocks { .. } => 1,
+            Self::QuantizeScales { .. } => BLOCK_BYTES as u64,
+            _ => 0,
+        }
+    }
+
+    /// Bytes of a unit in all buffers but that of the output: none for what is only copied.
+    fn input_unit_bytes(self) -> u64 {
+        match self {
+            Self::Copy => 0,
+            _ => self.source_unit_bytes().iter().sum::<u64>() + self.dropped_unit_bytes(),
         }
     }
 }
 
 /// Makes the output bytes of tensors; one per worker.
 ///
-/// Output and inputs share one buffer, so that a worker never holds more than the largest chunk needs.
+/// Output and inputs share one buffer, and so does what is made along and dropped: a worker never holds more than the
+/// largest chunk needs.
 #[derive(Debug)]
 pub struct Producer<'a> {
     checkpoint: &'a Checkpoint,
@@ -77,6 +121,7 @@ pub struct Producer<'a> {
     buffer: Vec<u8>,
     output_bytes: usize,
     bytes_read: u64,
+    error_sums: ErrorSums,
 }
 
 impl<'a> Producer<'a> {
@@ -91,6 +136,7 @@ impl<'a> Producer<'a> {
             buffer: Vec::new(),
             output_bytes: 0,
             bytes_read: 0,
+            error_sums: ErrorSums::default(),
         }
     }
 
@@ -103,6 +149,11 @@ impl<'a> Producer<'a> {
     /// Bytes read from files since this was last asked.
     pub fn take_bytes_read(&mut self) -> u64 {
         std::mem::take(&mut self.bytes_read)
+    }
+
+    /// What [`Transform::QuantizeBlocks`] lost since this was last asked.
+    pub fn take_error_sums(&mut self) -> ErrorSums {
+        std::mem::take(&mut self.error_sums)
     }
 
     /// Makes the output bytes of some units of a tensor that `transform` makes of `sources`, indices of tensors.
@@ -142,6 +193,7 @@ impl<'a> Producer<'a> {
         let specs = self.checkpoint.tensors();
         let unit_bytes = transform.source_unit_bytes();
         let stretch_bytes = |source: usize| buffer_bytes((units.end - units.start) * unit_bytes[source]);
+        let dropped_bytes = buffer_bytes((units.end - units.start) * transform.dropped_unit_bytes());
         if transform == Transform::Copy {
             self.read(&specs[sources[0]], 0, units.start, out)?;
             return Ok(Counts::default());
@@ -166,6 +218,16 @@ impl<'a> Producer<'a> {
                 let counts = table.decode(first, scales, out);
                 self.decode_table = Some((to, table));
                 Ok(counts)
+            }
+            Transform::QuantizeBlocks { from, rule } => {
+                let scales = &mut rest[..dropped_bytes];
+                mxfp4::encode(from, rule, first, out, scales);
+                self.error_sums.add(from, first, out, scales);
+                Ok(Counts::default())
+            }
+            Transform::QuantizeScales { from, rule } => {
+                mxfp4::encode(from, rule, first, &mut rest[..dropped_bytes], out);
+                Ok(Counts::default())
             }
         }
     }
@@ -200,10 +262,9 @@ impl<'a> Producer<'a> {
     }
 }
 
-/// Bytes of the buffers that the inputs of some units take; none where they are only copied.
+/// Bytes of the buffers that some units take beside their output.
 fn input_bytes(transform: Transform, units: &Range<u64>) -> usize {
-    let unit_bytes = if transform == Transform::Copy { &[] } else { transform.source_unit_bytes() };
-    unit_bytes.iter().map(|unit_bytes| buffer_bytes((units.end - units.start) * unit_bytes)).sum()
+    buffer_bytes((units.end - units.start) * transform.input_unit_bytes())
 }
 
 /// A size that [`chunk_units`] has bounded.
@@ -225,9 +286,5 @@ pub(crate) fn grow(buffer: &mut Vec<u8>, nbytes: usize) -> Result<()> {
 /// Units per chunk, so that the inputs and the output of a chunk fit in a worker's memory.
 #[must_use]
 pub fn chunk_units(transform: Transform, worker_bytes: u64) -> u64 {
-    let inputs: u64 = match transform {
-        Transform::Copy => 0,
-        _ => transform.source_unit_bytes().iter().sum(),
-    };
-    (worker_bytes / (inputs + transform.output_unit_bytes())).max(1)
+    (worker_bytes / (transform.input_unit_bytes() + transform.output_unit_bytes())).max(1)
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use serde::{Serialize, Serializer};
 use xxhash_rust::xxh3::Xxh3;
 
-use crate::cast::OnOverflow;
+use crate::cast::{self, OnOverflow};
 use crate::check::{self, CheckFile, CheckTensor};
 use crate::checkpoint::{self, Checkpoint};
 use crate::checksum::Checksum;
@@ -16,7 +16,7 @@ use crate::dtype;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::manifest::{self, MANIFEST_NAME, Manifest, ShardInfo, SideFileInfo, TensorInfo};
-use crate::mxfp4::{self, Candidate};
+use crate::mxfp4::{self, BLOCKS_SUFFIX, Candidate};
 use crate::plan::{self, Plan, PlannedTensor};
 use crate::progress::{Observer, Phase};
 use crate::work::{Pool, Resources};
@@ -228,10 +228,13 @@ fn tensor_check<'a>(root: &Path, name: &'a str, info: &'a TensorInfo) -> Result<
             other => other.to_string(),
         })
     })?;
+    if let Some(what) = quantization_fault(name, info) {
+        return Err(fault(what));
+    }
     let dtype = spec.dtype;
-    let (whole, parts, counts) = (info.xxh3_128, info.part_xxh3_128.as_slice(), Some((info.overflow, info.underflow)));
-    let files = Vec::with_capacity(info.files.len());
-    let mut check = CheckTensor { name, dtype, shape: &info.shape, files, whole, parts, counts, planned: None };
+    let (whole, parts) = (info.xxh3_128, info.part_xxh3_128.as_slice());
+    let (losses, files) = (Some(info.losses()), Vec::with_capacity(info.files.len()));
+    let mut check = CheckTensor { name, dtype, shape: &info.shape, files, whole, parts, losses, planned: None };
     let mut start = 0;
     for ((path, &offset), &nbytes) in info.files.iter().zip(&info.offsets).zip(&info.part_nbytes) {
         if manifest::tree_path(root, path).is_none() {
@@ -248,6 +251,22 @@ fn tensor_check<'a>(root: &Path, name: &'a str, info: &'a TensorInfo) -> Result<
         }
     }
     Ok(check)
+}
+
+/// What is wrong with a tensor's error of quantization, as far as that can be told without the source.
+fn quantization_fault(name: &str, info: &TensorInfo) -> Option<String> {
+    // No other conversion makes bytes of floats.
+    let is_encoded = info.dtype == "uint8"
+        && name.ends_with(BLOCKS_SUFFIX)
+        && dtype::from_name(&info.source_dtype).is_some_and(cast::is_castable);
+    let Some(error) = &info.quantization else {
+        return is_encoded.then(|| "found no error of quantization, expected that of blocks made of floats".into());
+    };
+    if !is_encoded {
+        return Some("found an error of quantization, expected none but that of blocks made of floats".into());
+    }
+    let values = info.nbytes.saturating_mul(2);
+    (!error.is_possible(values)).then(|| format!("found {error:?}, expected the error of {values} values"))
 }
 
 /// Whether the manifest describes a tensor as the plan from the source does.

@@ -17,6 +17,8 @@ __all__ = [
     "VerificationError",
     "__version__",
     "convert",
+    "mxfp4_decode",
+    "mxfp4_encode",
     "run_cli",
     "select",
     "synthesize",
@@ -83,4 +85,20 @@ def convert(
 ) -> str: ...
 def verify(output: _Path, source: _Path | None, *, workers: int | None, callback: _Callback | None) -> str: ...
 def synthesize(folder: _Path, files: str, seed: int, *, workers: int | None, callback: _Callback | None) -> int: ...
+def mxfp4_decode(
+    blocks: NDArray[np.uint8],
+    scales: NDArray[np.uint8],
+    dtype: str,
+    *,
+    workers: int | None,
+    memory: Memory,
+) -> NDArray[np.uint8]: ...
+def mxfp4_encode(
+    data: NDArray[np.uint8],
+    dtype: str,
+    scale_rule: str,
+    *,
+    workers: int | None,
+    memory: Memory,
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]: ...
 def run_cli(args: Sequence[str]) -> int: ...

@@ -16,7 +16,8 @@ __all__ = ["convert", "verify"]
 
 _FORMATS = {"numpy-direct": "numpy-direct", "numpy": "numpy-direct"}
 _PRECISIONS = ("source", "float16", "bfloat16", "float32")
-_MXFP4_MODES = ("keep", "dequantize")
+_MXFP4_MODES = ("keep", "dequantize", "quantize")
+_SCALE_RULES = ("floor", "ceil", "nearest")
 _ON_OVERFLOW = ("error", "warn", "saturate")
 
 
@@ -26,7 +27,9 @@ def convert(
     *,
     format: Literal["numpy-direct", "numpy"] = "numpy-direct",  # noqa: A002 - the word that the command line has too
     precision: Literal["source", "float16", "bfloat16", "float32"] = "source",
-    mxfp4: Literal["keep", "dequantize"] = "keep",
+    mxfp4: Literal["keep", "dequantize", "quantize"] = "keep",
+    quantize: str | Sequence[str] | None = None,
+    scale_rule: Literal["floor", "ceil", "nearest"] | None = None,
     shard_size: float = 1.8,
     workers: int | None = None,
     max_memory: int = 256_000_000,
@@ -48,14 +51,22 @@ def convert(
         output: the folder to write; a new or an empty one.
         format: `numpy-direct` (or `numpy`): one npy file per tensor, which `jnp.load` reads.
         precision: `source` keeps every bit; the others cast float64, float32, float16 and bfloat16 tensors, rounding
-            to nearest even. Narrower floats, integers and bools stay.
+            to nearest even. Narrower floats, integers and bools stay, and so does what is quantized.
         mxfp4: `keep` leaves blocks and scales as two uint8 tensors; `dequantize` makes one tensor
-            [..., rows, 32 * groups] of each pair, in `precision` (`source` means bfloat16).
+            [..., rows, 32 * groups] of each pair, in `precision` (`source` means bfloat16); `quantize` makes a pair,
+            `X_blocks` [..., rows, K / 32, 16] and `X_scales` [..., rows, K / 32], of each matrix X [..., rows, K] that
+            `quantize` chooses, from the values of the source, and keeps pairs.
+        quantize: glob or globs on full tensor names, with `mxfp4="quantize"` alone. Of the tensors that match, float64,
+            float32, float16 and bfloat16 ones of two or three dimensions are quantized. Those whose last axis is no
+            multiple of 32 are kept, with a warning; tensors of other dtypes and dimensions are kept.
+        scale_rule: which power of two becomes the scale of 32 values, with `mxfp4="quantize"` alone: `floor` (the
+            default) is that of OCP MX v1.0, under which values above 6 times the scale saturate; `ceil` is the
+            smallest under which none does; `nearest` that under which the largest value comes out best.
         shard_size: largest shard in GB (10^9 bytes) of tensor data; larger tensors are split along axis 0.
         workers: threads; all cores by default.
         max_memory: bytes of anonymous memory for the process. Headers of the source come on top.
         include: glob or globs on full tensor names; only tensors that match are taken. With `dequantize` the name of
-            a pair is that of the decoded tensor.
+            a pair is that of the decoded tensor; with `quantize` names are those of the source.
         exclude: glob or globs on full tensor names to leave out.
         on_overflow: what becomes of finite values beyond the precision: `error` raises, `warn` stores infinities,
             `saturate` the largest finite value. Infinities and NaNs of the source are no overflow.
@@ -64,10 +75,14 @@ def convert(
         verify: re-read everything that was written against its checksums.
         progress: False, True for a bar, or a callable that gets a :class:`ProgressEvent`.
 
+    Returns:
+        A report. Its `quantization` has the error of each matrix that was quantized, which the manifest has too.
+
     Raises:
-        CheckpointError: the bytes of the source are wrong.
+        CheckpointError: the bytes of the source are wrong, two tensors would have one name, or the model that is to be
+            quantized says in config.json that it has another quantization.
         ConversionError: the folder holds something else, or values overflow.
-        MappingError: no tensor is selected.
+        MappingError: no tensor is selected, or none to be quantized.
         VerificationError: what was written does not read back; `report` says what.
         OSError: the system refused.
         ValueError: an argument is out of its range.
@@ -81,6 +96,8 @@ def convert(
         "format": _FORMATS[_choice("format", format, tuple(_FORMATS))],
         "precision": _choice("precision", precision, _PRECISIONS),
         "mxfp4": _choice("mxfp4", mxfp4, _MXFP4_MODES),
+        "quantize": _globs("quantize", quantize),
+        "scale_rule": None if scale_rule is None else _choice("scale_rule", scale_rule, _SCALE_RULES),
         "shard_size": float(shard_size),
         "include": _globs("include", include),
         "exclude": _globs("exclude", exclude),

@@ -72,7 +72,8 @@ class ConversionReport(_Report):
 
     Attributes:
         output: the output folder.
-        options: the options that decide the bytes: format, precision, mxfp4, shard_size, include, exclude, on_overflow.
+        options: the options that decide the bytes: format, precision, mxfp4, shard_size, include, exclude, on_overflow,
+            and with `mxfp4="quantize"` quantize and scale_rule.
         total_tensors: tensors in the output.
         total_parameters: parameters in the output; MXFP4 values count once, their scales do not.
         total_bytes: bytes of tensor data in the output.
@@ -80,6 +81,10 @@ class ConversionReport(_Report):
         resumed_tensors: tensors that an earlier, interrupted run had finished.
         overflow: finite values beyond the precision, by tensor; only tensors that have some.
         underflow: values that became zero and were not, by tensor; only tensors that have some.
+        quantization: what quantizing lost and gained, by the name of the matrix: `mse` (mean squared error), `sqnr_db`
+            (ratio of the sums of squares of values and errors, in dB; None without error), `max_error`, `nonfinite`
+            (NaNs and infinities; their blocks of 32 count in nothing else) and `compression` (bytes in the source for
+            a byte of blocks and scales).
         copied_files: files beside the tensors that were copied as they were.
         edited_files: files beside the tensors that were corrected to fit, such as config.json.
         warnings: what the user should know.
@@ -96,6 +101,7 @@ class ConversionReport(_Report):
     resumed_tensors: int
     overflow: Mapping[str, int]
     underflow: Mapping[str, int]
+    quantization: Mapping[str, Mapping[str, float | None]]
     copied_files: tuple[str, ...]
     edited_files: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -123,10 +129,22 @@ class ConversionReport(_Report):
             lines.append(("resumed", f"{self.resumed_tensors} tensors were whole before"))
         for label, counts in (("overflow", self.overflow), ("underflow", self.underflow)):
             lines += [(label, f"{name}: {count} values") for name, count in counts.items()]
+        lines += [("quantized", f"{name}: {_quantized(error)}") for name, error in self.quantization.items()]
         for label, names in (("copied", self.copied_files), ("edited", self.edited_files)):
             if names:
                 lines.append((label, ", ".join(names)))
         return lines + [("warning", warning) for warning in self.warnings]
+
+
+def _quantized(error: Mapping[str, float | None]) -> str:
+    parts = [f"{error['compression']:.2f} times smaller"]
+    if error["sqnr_db"] is None:
+        parts.append("no error")
+    else:
+        parts.append(f"SQNR {error['sqnr_db']:.2f} dB, largest error {error['max_error']:.3e}")
+    if error["nonfinite"]:
+        parts.append(f"{error['nonfinite']} NaNs and infinities")
+    return ", ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@
 
 mod decode;
 mod encode;
+mod quantization_error;
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -15,7 +16,8 @@ use crate::dtype;
 use crate::error::{Error, Result};
 
 pub use decode::DecodeTable;
-pub use encode::{ScaleRule, encode, encode_block};
+pub use encode::{ScaleRule, encode, encode_block, encode_with};
+pub use quantization_error::{ErrorSums, QuantizationError};
 
 /// Values that share one scale.
 pub const MX_BLOCK_SIZE: usize = 32;
@@ -30,7 +32,13 @@ const BLOCK_BYTES_DIM: u64 = BLOCK_BYTES as u64;
 pub const E2M1: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 /// Suffixes of a pair's two names: Hugging Face, then the publisher's `original/` layout.
-const SUFFIXES: [(&str, &str); 2] = [("_blocks", "_scales"), (".blocks", ".scales")];
+const SUFFIXES: [(&str, &str); 2] = [(BLOCKS_SUFFIX, SCALES_SUFFIX), (".blocks", ".scales")];
+
+/// What Hugging Face puts behind a tensor's name for its codes; also the names of pairs that a conversion makes.
+pub const BLOCKS_SUFFIX: &str = "_blocks";
+
+/// As [`BLOCKS_SUFFIX`], for the scales.
+pub const SCALES_SUFFIX: &str = "_scales";
 
 /// Two tensors that together hold one MXFP4 matrix.
 #[derive(Debug, Clone, PartialEq, Eq)]

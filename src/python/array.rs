@@ -12,15 +12,15 @@ use crate::checkpoint::View;
 pub enum Bytes {
     /// A stretch of a mapped file.
     Mapped(View),
-    /// A stretch of memory that a file was read into.
-    Read(ArenaView),
+    /// A stretch of memory that a job filled.
+    Memory(ArenaView),
 }
 
 impl Bytes {
     fn bytes(&self) -> &[u8] {
         match self {
             Self::Mapped(view) => view.bytes(),
-            Self::Read(view) => view.bytes(),
+            Self::Memory(view) => view.bytes(),
         }
     }
 }

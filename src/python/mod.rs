@@ -10,7 +10,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use numpy::PyArray1;
+use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::PyKeyError;
 use pyo3::prelude::*;
 
@@ -18,10 +18,12 @@ use crate::arena::ArenaPool;
 use crate::cast::OnOverflow;
 use crate::checkpoint::{self, Part, TensorSpec};
 use crate::cli::{self, Host};
+use crate::codec;
 use crate::convert::Mode;
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::load::{self, Conversion, Request};
+use crate::mxfp4::ScaleRule;
 use crate::ordered_map::OrderedMap;
 use crate::plan::Options;
 use crate::progress::Event;
@@ -57,8 +59,11 @@ type PairTuple = (String, String, String);
 /// Names of one tensor, or of blocks and scales; the conversion's name; regions as (start, stop) for each axis.
 type RequestTuple = (Vec<String>, String, Vec<Vec<(u64, u64)>>);
 
+/// Bytes that left Rust.
+type Array<'py> = Bound<'py, PyArray1<u8>>;
+
 /// Arrays of the regions, overflows, underflows.
-type LoadedTuple<'py> = (Vec<Bound<'py, PyArray1<u8>>>, u64, u64);
+type LoadedTuple<'py> = (Vec<Array<'py>>, u64, u64);
 
 /// dtype name, shape, nbytes, files, offset of the first part.
 type SpecTuple = (&'static str, Vec<u64>, u64, Vec<String>, u64);
@@ -83,7 +88,7 @@ impl PyCheckpoint {
     }
 
     /// The parts of a tensor as 1-D read-only u8 arrays over the mapped files.
-    fn view<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Vec<Bound<'py, PyArray1<u8>>>> {
+    fn view<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Vec<Array<'py>>> {
         let tensor = self.tensor(name)?;
         let views = py.detach(|| self.inner.view(tensor))?;
         views.into_iter().map(|view| array::array(py, Bytes::Mapped(view))).collect()
@@ -135,7 +140,7 @@ impl PyCheckpoint {
         })?;
         let results = loaded.regions.into_iter().zip(loaded.counts).map(|(regions, counts)| {
             let arrays =
-                regions.into_iter().map(|view| array::array(py, Bytes::Read(view))).collect::<PyResult<_>>()?;
+                regions.into_iter().map(|view| array::array(py, Bytes::Memory(view))).collect::<PyResult<_>>()?;
             Ok((arrays, counts.overflow, counts.underflow))
         });
         Ok((results.collect::<PyResult<_>>()?, loaded.bytes_read))
@@ -224,6 +229,43 @@ fn synthesize(
     run_job(py, callback.as_ref(), |observer| {
         synthetic::write(&folder, &files, seed, Resources::default().with_workers(workers), observer)
     })
+}
+
+// The two functions below read their arrays while the GIL is free. `PyReadonlyArray` keeps out all Rust code that borrows
+// through the numpy crate; Python code that writes to an array meanwhile must be kept from that by its author, as with
+// NumPy's own functions, which free the GIL too (numpy::borrow has the reasoning). Where it does write, values are old or
+// new: the kernels take lengths from nowhere but the arrays' sizes, and each table that a byte indexes has a row for it.
+
+/// Decodes MXFP4 blocks and scales to `dtype`. Returns the values' bytes.
+#[pyfunction]
+#[pyo3(signature = (blocks, scales, dtype, *, workers, memory))]
+fn mxfp4_decode<'py>(
+    py: Python<'py>,
+    blocks: PyReadonlyArray1<'py, u8>,
+    scales: PyReadonlyArray1<'py, u8>,
+    dtype: &str,
+    workers: Option<usize>,
+    memory: &PyMemory,
+) -> PyResult<Array<'py>> {
+    let (blocks, scales, target) = (blocks.as_slice()?, scales.as_slice()?, codec::parse_target(dtype)?);
+    let decoded = run_job(py, None, |observer| codec::decode(blocks, scales, target, workers, &memory.pool, observer))?;
+    array::array(py, Bytes::Memory(decoded))
+}
+
+/// Encodes the bytes of elements of `dtype` to MXFP4. Returns blocks and scales.
+#[pyfunction]
+#[pyo3(signature = (data, dtype, scale_rule, *, workers, memory))]
+fn mxfp4_encode<'py>(
+    py: Python<'py>,
+    data: PyReadonlyArray1<'py, u8>,
+    dtype: &str,
+    scale_rule: &str,
+    workers: Option<usize>,
+    memory: &PyMemory,
+) -> PyResult<(Array<'py>, Array<'py>)> {
+    let (data, from, rule) = (data.as_slice()?, codec::parse_source(dtype)?, ScaleRule::parse(scale_rule)?);
+    let encoded = run_job(py, None, |observer| codec::encode(from, rule, data, workers, &memory.pool, observer))?;
+    Ok((array::array(py, Bytes::Memory(encoded.blocks))?, array::array(py, Bytes::Memory(encoded.scales))?))
 }
 
 /// Runs the command line. Returns the exit status.
@@ -316,5 +358,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(convert, module)?)?;
     module.add_function(wrap_pyfunction!(verify, module)?)?;
     module.add_function(wrap_pyfunction!(synthesize, module)?)?;
+    module.add_function(wrap_pyfunction!(mxfp4_decode, module)?)?;
+    module.add_function(wrap_pyfunction!(mxfp4_encode, module)?)?;
     module.add_function(wrap_pyfunction!(run_cli, module)?)
 }

@@ -78,6 +78,20 @@ def test_anonymous_memory_stays_below_max_memory(tmp_path: Path, workers: int, r
     assert 0.3 * MB < max(samples) < 64 * MB
 
 
+@pytest.mark.parametrize("workers", [1, 64])
+def test_anonymous_memory_stays_below_max_memory_while_quantizing(tmp_path: Path, workers: int) -> None:
+    source = tmp_path / "m.safetensors"
+    header = {
+        "wide": {"dtype": "F64", "shape": [200, 320_000], "data_offsets": [0, 512_000_000]},
+        "narrow": {"dtype": "BF16", "shape": [40, 500, 3200], "data_offsets": [512_000_000, 640_000_000]},
+    }
+    write_checkpoint(source, json.dumps(header), 640 * MB)
+    samples = anonymous_while_converting(
+        source, tmp_path / "tree", mxfp4="quantize", quantize="*", workers=workers, shard_size=0.01
+    )
+    assert 0.3 * MB < max(samples) < 64 * MB
+
+
 def test_a_tensor_of_five_gigabytes_takes_no_more_than_others(tmp_path: Path) -> None:
     source = tmp_path / "m.safetensors"
     header = {"large": {"dtype": "F64", "shape": [5, 125_000_000], "data_offsets": [0, 5_000 * MB]}}

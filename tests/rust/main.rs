@@ -3,6 +3,7 @@
 
 mod cast;
 mod convert;
+mod encode;
 mod fixtures;
 mod fuzz;
 mod header;
@@ -12,5 +13,6 @@ mod mxfp4;
 mod names;
 mod output_folder;
 mod plan;
+mod quantize;
 mod targets;
 mod verify;

@@ -39,11 +39,11 @@ class Chunks(NamedTuple):
 def rows_of_chunk(rows: int, num_experts: int) -> int:
     """A size of chunks for so many rows: twice an even share of an expert, as a power of two.
 
-    A chunk decodes its expert's matrices once, which costs as much as multiplying some 16 rows; a row that is not there
-    costs as much as one that is.
+    A chunk decodes its expert's matrices once, and a row that is not there costs as much as one that is. Measured on a
+    CPU (2 cores with AVX-512, 2026-11) with 32 experts of gpt-oss-20b: for 4 rows chunks of 1 took 30 ms and of 4 took
+    62 ms; for 64 rows chunks of 4 took 354 ms, of 1 took 628 ms and of 16 took 540 ms.
     """
-    share = -(-2 * rows // num_experts)
-    return min(_MOST_ROWS, rows, max(16, 1 << (share - 1).bit_length())) if rows > num_experts else min(rows, 4)
+    return min(_MOST_ROWS, 1 << (-(-2 * rows // num_experts) - 1).bit_length())
 
 
 def chunk_by_expert(expert_ids: Integer[Array, " rows"], num_experts: int, block_m: int) -> Chunks:

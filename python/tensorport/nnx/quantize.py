@@ -60,8 +60,8 @@ def quantize_model(
 
     Raises:
         MappingError: no layer is chosen, or some that are chosen cannot be quantized without a change of their meaning
-            (sizes that are no multiple of 32, subclasses, a `dot_general` of their own, ...); names all of these. The
-            model is then as it was.
+            (sizes that are no multiple of 32, subclasses, a `dot_general` of their own, ...), or are traced, or spread
+            over processes; names all of these. The model is then as it was.
         TypeError: `model` is no module, or `where` neither a pattern nor a callable.
         ValueError: `model` is itself a dense layer, for which there is `from_linear` or `from_embed`; or `where` is no
             regular expression.
@@ -187,7 +187,16 @@ def _refuse(entries: list[_Entry], chosen: list[_Entry], where: Where) -> None:
 
 
 def _fault(layer: nnx.Linear | nnx.Embed) -> str | None:
-    return linear_fault(layer) if isinstance(layer, nnx.Linear) else embed_fault(layer)
+    fault = linear_fault(layer) if isinstance(layer, nnx.Linear) else embed_fault(layer)
+    if fault is not None:
+        return fault
+    dense = (layer.kernel if isinstance(layer, nnx.Linear) else layer.embedding)[...]
+    # The error is computed of values.
+    if isinstance(dense, jax.core.Tracer):
+        return "found traced weights, expected values: models are quantized outside of jit"
+    if isinstance(dense, jax.Array) and not dense.is_fully_addressable:
+        return "found weights of which this process holds a part, expected all of them"
+    return None
 
 
 def _listed(lines: Iterable[str]) -> str:

@@ -213,6 +213,14 @@ def test_no_chosen_layer_is_an_error_that_names_those_there_are(model: Any) -> N
     assert "\n  blocks.1.up\n" in str(caught.value)
 
 
+def test_traced_models_are_refused() -> None:
+    def quantize(model: nnx.Module) -> None:
+        quantize_model(model, "")
+
+    with pytest.raises(tensorport.MappingError, match="layer: found traced weights, expected values"):
+        nnx.jit(quantize)(nnx.Dict({"layer": nnx.Linear(WIDTH, WIDE, rngs=nnx.Rngs(0))}))
+
+
 def test_bad_arguments_are_refused(model: Any) -> None:
     wrong: Any = {"a": nnx.Linear(WIDTH, WIDE, rngs=nnx.Rngs(0))}
     with pytest.raises(TypeError, match=r"model: found dict, expected an nnx\.Module"):
