@@ -71,9 +71,6 @@ pub struct ErrorSums {
     nonfinite: u64,
 }
 
-/// Values that are taken side by side, so that loops become vectors.
-const LANES: usize = 8;
-
 /// Blocks are scaled to magnitudes around one before they are squared; 2^±1000 and 2^∓1000 are normal floats.
 const MAX_SCALE_EXPONENT: i32 = 1000;
 
@@ -197,7 +194,7 @@ fn errors_of(values: &[f64; MX_BLOCK_SIZE], codes: &[u8; BLOCK_BYTES], scale: u8
 #[inline(always)]
 fn largest_of(values: &[f64; MX_BLOCK_SIZE]) -> f64 {
     // Floats that are not negative are in the order of their bits, with infinities and NaNs behind all numbers.
-    let bits = in_lanes(values, |value| value.abs().to_bits().cast_signed(), i64::max);
+    let bits = by_halves(values, |value| value.abs().to_bits().cast_signed(), i64::max);
     f64::from_bits(bits.cast_unsigned())
 }
 
@@ -205,24 +202,23 @@ fn largest_of(values: &[f64; MX_BLOCK_SIZE]) -> f64 {
 #[inline(always)]
 fn sum_of_squares(values: &[f64; MX_BLOCK_SIZE], exponent: i32) -> f64 {
     let factor = power_of_two(exponent);
-    in_lanes(values, |value| (value * factor) * (value * factor), |a, b| a + b)
+    by_halves(values, |value| (value * factor) * (value * factor), |a, b| a + b)
 }
 
-/// What `join` makes of `of` every value: in lanes side by side, which become vectors, and always in this order.
+/// What `join` makes of `of` every value: half by half, in vectors, and always in this order.
 #[inline(always)]
-fn in_lanes<T: Copy + Default>(values: &[f64; MX_BLOCK_SIZE], of: impl Fn(f64) -> T, join: impl Fn(T, T) -> T) -> T {
-    let mut lanes = [T::default(); LANES];
-    for values in values.as_chunks::<LANES>().0 {
-        for (lane, &value) in lanes.iter_mut().zip(values) {
-            *lane = join(*lane, of(value));
+fn by_halves<T: Copy + Default>(values: &[f64; MX_BLOCK_SIZE], of: impl Fn(f64) -> T, join: impl Fn(T, T) -> T) -> T {
+    let mut joined = [T::default(); MX_BLOCK_SIZE];
+    for (joined, &value) in joined.iter_mut().zip(values) {
+        *joined = of(value);
+    }
+    for half in [16, 8, 4, 2, 1] {
+        let (front, back) = joined.split_at_mut(half);
+        for (front, &back) in front.iter_mut().zip(back.iter()) {
+            *front = join(*front, back);
         }
     }
-    for half in [LANES / 2, LANES / 4, LANES / 8] {
-        for lane in 0..half {
-            lanes[lane] = join(lanes[lane], lanes[lane + half]);
-        }
-    }
-    lanes[0]
+    joined[0]
 }
 
 /// 2^exponent for the exponents of normal floats.
@@ -248,7 +244,7 @@ fn scaled(mut value: f64, mut exponent: i32) -> f64 {
 
 /// 10 log10(ratio 2^exponent), without the logarithm of the system, whose last bits differ from one to the next.
 ///
-/// ln m = 2 artanh t with t = (m - 1) / (m + 1); for m within sqrt(2) of one, t^2 < 0.03 and twelve terms are enough.
+/// ln m = 2 artanh t with t = (m - 1) / (m + 1); for m within sqrt(2) of one, t^2 < 0.03 and these terms are enough.
 fn decibels(ratio: f64, exponent: i32) -> f64 {
     const TERMS: [f64; 13] = [1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0, 17.0, 19.0, 21.0, 23.0, 25.0];
     let mut power = exponent_of(ratio);
