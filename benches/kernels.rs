@@ -6,7 +6,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use safetensors::Dtype;
 use tensorport::cast::{self, OnOverflow, Target};
 use tensorport::checksum::TensorHasher;
-use tensorport::mxfp4::{self, BLOCK_BYTES, DecodeTable, MX_BLOCK_SIZE, ScaleRule};
+use tensorport::mxfp4::{self, BLOCK_BYTES, DecodeTable, ErrorSums, MX_BLOCK_SIZE, ScaleRule};
 use tensorport::simd::Level;
 
 /// Elements of one call: a worker's chunk, small enough to stay in the second-level cache.
@@ -81,6 +81,23 @@ fn quantize(criterion: &mut Criterion) {
     }
 }
 
+fn quantization_error(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("quantization error");
+    let groups = ELEMS / MX_BLOCK_SIZE;
+    for from in [Dtype::F64, Dtype::F32, Dtype::F16, Dtype::BF16] {
+        let src = weights(from);
+        let (mut blocks, mut scales) = (vec![0; groups * BLOCK_BYTES], vec![0; groups]);
+        mxfp4::encode(from, ScaleRule::Floor, &src, &mut blocks, &mut scales);
+        group.throughput(Throughput::Bytes(src.len() as u64));
+        for level in Level::all() {
+            let mut sums = ErrorSums::default();
+            group.bench_function(format!("{from}, {level}"), |bencher| {
+                bencher.iter(|| sums.add_with(level, from, black_box(&src), &blocks, &scales));
+            });
+        }
+    }
+}
+
 fn checksum(criterion: &mut Criterion) {
     let bytes = weights(Dtype::BF16);
     let mut group = criterion.benchmark_group("checksum");
@@ -94,5 +111,5 @@ fn checksum(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(kernels, casts, dequantize, quantize, checksum);
+criterion_group!(kernels, casts, dequantize, quantize, quantization_error, checksum);
 criterion_main!(kernels);

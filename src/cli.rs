@@ -15,7 +15,7 @@ use crate::convert::{self, ConversionReport, Mode, Quantized};
 use crate::error::{Error, Result, printable};
 use crate::inspect::{self, grouped, human_bytes, one_line};
 use crate::mxfp4::ScaleRule;
-use crate::plan::{Format, Mxfp4Mode, Options, Precision};
+use crate::options::{Format, Mxfp4Mode, Options, Precision};
 use crate::progress::{Event, Phase};
 use crate::verify;
 use crate::work::Resources;

@@ -29,6 +29,7 @@ impl ExactSum {
     ///
     /// # Panics
     /// When `value` is negative, infinite or NaN, or `exponent` beyond ±2048.
+    #[inline]
     pub fn add(&mut self, value: f64, exponent: i32) {
         assert!(value >= 0.0 && value.is_finite() && exponent.abs() <= MAX_SCALE, "{value} 2^{exponent}");
         if value == 0.0 {

@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::file;
 use crate::manifest::Losses;
 use crate::mxfp4::QuantizationError;
-use crate::plan::Options;
+use crate::options::Options;
 
 /// Name of the journal in an unfinished tree.
 pub const JOURNAL_NAME: &str = "journal.jsonl";

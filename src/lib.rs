@@ -5,7 +5,7 @@
 //! |---|---|
 //! | [`dtype`], [`cast`], [`mxfp4`] | dtypes, float casts with counts, the MXFP4 codec (pure) |
 //! | [`header`], [`index`], [`checkpoint`], [`mapping`] | untrusted files in, validated named tensors out |
-//! | [`plan`], [`names`], [`select`], [`output`] | what a conversion will write, and where (pure) |
+//! | [`options`], [`plan`], [`names`], [`select`], [`output`] | what a conversion will write, and where (pure) |
 //! | [`mod@convert`], [`transform`], [`work`], [`journal`], [`side_files`] | doing it: parallel, bounded, resumable |
 //! | [`manifest`], [`mod@verify`], [`checksum`] | what a converted tree says of itself, and whether that holds |
 //! | [`arena`], [`mod@load`], [`codec`] | tensors in memory: read from files, decoded and encoded |
@@ -32,6 +32,7 @@ pub mod manifest;
 pub mod mapping;
 pub mod mxfp4;
 pub mod names;
+pub mod options;
 pub mod ordered_map;
 pub mod output;
 mod output_folder;

@@ -12,8 +12,8 @@ use crate::checkpoint::Fingerprint;
 use crate::checksum::Checksum;
 use crate::error::{Error, Result};
 use crate::mxfp4::QuantizationError;
+use crate::options::Options;
 use crate::ordered_map::OrderedMap;
-use crate::plan::Options;
 
 /// Name of the manifest in a converted tree.
 pub const MANIFEST_NAME: &str = "manifest.json";

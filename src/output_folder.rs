@@ -12,7 +12,8 @@ use crate::error::{Error, Result};
 use crate::file::{self, FolderLock};
 use crate::journal::{Entry, Header, JOURNAL_NAME, Journal};
 use crate::manifest::{self, MANIFEST_NAME, Manifest, TensorInfo};
-use crate::plan::{Options, Plan};
+use crate::options::Options;
+use crate::plan::Plan;
 use crate::side_files::SideFile;
 
 /// A folder that is ours to write to, while this lives.

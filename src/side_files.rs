@@ -15,8 +15,9 @@ use crate::file;
 use crate::journal::JOURNAL_NAME;
 use crate::manifest::{self, MANIFEST_NAME, SideFileInfo, SideFileOrigin};
 use crate::mxfp4;
+use crate::options::{Mxfp4Mode, Options};
 use crate::ordered_map::OrderedMap;
-use crate::plan::{self, Mxfp4Mode, Options, Plan};
+use crate::plan::{self, Plan};
 use crate::transform::Transform;
 
 /// The reader for those who have no tensorport; written into every numpy-direct tree.

@@ -10,8 +10,9 @@ use half::f16;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
-use super::{BLOCK_BYTES, E2M1, MX_BLOCK_SIZE};
+use super::{BLOCK_BYTES, MX_BLOCK_SIZE};
 use crate::exact_sum::ExactSum;
+use crate::simd::{Kernel, Level};
 
 /// Error of one quantized tensor. Blocks with a NaN or an infinity are left out of all but the count of those.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -70,9 +71,6 @@ pub struct ErrorSums {
     nonfinite: u64,
 }
 
-/// Values that are summed side by side, so that the loop becomes vectors.
-const LANES: usize = 8;
-
 /// Blocks are scaled to magnitudes around one before they are squared; 2^±1000 and 2^∓1000 are normal floats.
 const MAX_SCALE_EXPONENT: i32 = 1000;
 
@@ -82,42 +80,28 @@ impl ErrorSums {
     /// # Panics
     /// When `from` is not F64, F32, F16 or BF16, or the lengths of the slices disagree.
     pub fn add(&mut self, from: Dtype, src: &[u8], blocks: &[u8], scales: &[u8]) {
-        match from {
-            Dtype::F64 => self.add_blocks(src, blocks, scales, f64::from_le_bytes),
-            Dtype::F32 => self.add_blocks(src, blocks, scales, |bytes| f64::from(f32::from_le_bytes(bytes))),
-            Dtype::F16 => self.add_blocks(src, blocks, scales, |bytes| f16::from_le_bytes(bytes).to_f64()),
-            Dtype::BF16 => self.add_blocks(src, blocks, scales, |bytes| {
-                f64::from(f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16))
-            }),
-            other => panic!("{other} is no float dtype that is quantized"),
-        }
+        self.add_with(Level::best(), from, src, blocks, scales);
     }
 
-    fn add_blocks<const N: usize>(&mut self, src: &[u8], blocks: &[u8], scales: &[u8], read: impl Fn([u8; N]) -> f64) {
-        let (elements, blocks) = (src.as_chunks::<N>().0, blocks.as_chunks::<BLOCK_BYTES>().0);
-        assert!(src.len() == scales.len() * MX_BLOCK_SIZE * N, "32 elements for each scale");
-        assert!(blocks.len() == scales.len(), "16 bytes for each scale");
-        for ((elements, codes), &scale) in elements.as_chunks().0.iter().zip(blocks).zip(scales) {
-            self.add_block(&elements.map(&read), codes, scale);
-        }
+    /// [`ErrorSums::add`] with chosen vector instructions: all levels give the same sums.
+    ///
+    /// # Panics
+    /// As [`ErrorSums::add`].
+    pub fn add_with(&mut self, level: Level, from: Dtype, src: &[u8], blocks: &[u8], scales: &[u8]) {
+        level.run(AddBlocks { sums: self, from, src, blocks, scales });
     }
 
+    #[inline(always)]
     fn add_block(&mut self, values: &[f64; MX_BLOCK_SIZE], codes: &[u8; BLOCK_BYTES], scale: u8) {
-        let nonfinite = values.iter().filter(|value| !value.is_finite()).count();
-        if nonfinite > 0 {
-            self.nonfinite += nonfinite as u64;
+        let amax = largest_of(values);
+        if !amax.is_finite() {
+            self.nonfinite += values.iter().filter(|value| !value.is_finite()).count() as u64;
             return;
         }
-        let scale = power_of_two(i32::from(scale) - 127);
-        let decoded = E2M1.map(|value| f64::from(value) * scale);
-        let mut errors = [0.0; MX_BLOCK_SIZE];
-        for ((pair, values), byte) in errors.as_chunks_mut::<2>().0.iter_mut().zip(values.as_chunks::<2>().0).zip(codes)
-        {
-            *pair = [values[0] - decoded[usize::from(byte & 0xf)], values[1] - decoded[usize::from(byte >> 4)]];
-        }
-        let (amax, largest) = (largest_of(values), largest_of(&errors));
+        let errors = errors_of(values, codes, scale);
+        let largest = largest_of(&errors);
         // Squares of float64 can be beyond its range, but not those of magnitudes around one.
-        let exponent = exponent_of(amax).clamp(-MAX_SCALE_EXPONENT, MAX_SCALE_EXPONENT);
+        let exponent = exponent_of(amax.max(largest)).clamp(-MAX_SCALE_EXPONENT, MAX_SCALE_EXPONENT);
         self.signal.add(sum_of_squares(values, -exponent), 2 * exponent);
         self.noise.add(sum_of_squares(&errors, -exponent), 2 * exponent);
         self.values += MX_BLOCK_SIZE as u64;
@@ -148,20 +132,93 @@ impl ErrorSums {
     }
 }
 
-fn largest_of(values: &[f64; MX_BLOCK_SIZE]) -> f64 {
-    values.iter().fold(0.0, |largest: f64, value| largest.max(value.abs()))
+/// [`ErrorSums::add_with`], to be compiled for each level.
+struct AddBlocks<'a> {
+    sums: &'a mut ErrorSums,
+    from: Dtype,
+    src: &'a [u8],
+    blocks: &'a [u8],
+    scales: &'a [u8],
 }
 
-/// Sum of the squares of `values * 2^exponent`: in lanes, which are added last.
-fn sum_of_squares(values: &[f64; MX_BLOCK_SIZE], exponent: i32) -> f64 {
-    let factor = power_of_two(exponent);
-    let mut lanes = [0.0; LANES];
-    for values in values.as_chunks::<LANES>().0 {
-        for (lane, value) in lanes.iter_mut().zip(values) {
-            *lane += (value * factor) * (value * factor);
+impl Kernel for AddBlocks<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        match self.from {
+            Dtype::F64 => self.add(f64::from_le_bytes),
+            Dtype::F32 => self.add(|bytes| f64::from(f32::from_le_bytes(bytes))),
+            Dtype::F16 => self.add(|bytes| f16::from_le_bytes(bytes).to_f64()),
+            Dtype::BF16 => self.add(|bytes| f64::from(f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16))),
+            other => panic!("{other} is no float dtype that is quantized"),
         }
     }
-    lanes.iter().sum()
+}
+
+impl AddBlocks<'_> {
+    #[inline(always)]
+    fn add<const N: usize>(self, read: impl Fn([u8; N]) -> f64) {
+        let (elements, blocks) = (self.src.as_chunks::<N>().0, self.blocks.as_chunks::<BLOCK_BYTES>().0);
+        assert!(self.src.len() == self.scales.len() * MX_BLOCK_SIZE * N, "32 elements for each scale");
+        assert!(self.blocks.len() == self.scales.len() * BLOCK_BYTES, "16 bytes for each scale");
+        for ((elements, codes), &scale) in elements.as_chunks::<MX_BLOCK_SIZE>().0.iter().zip(blocks).zip(self.scales) {
+            let mut values = [0.0; MX_BLOCK_SIZE];
+            for (value, &element) in values.iter_mut().zip(elements) {
+                *value = read(element);
+            }
+            self.sums.add_block(&values, codes, scale);
+        }
+    }
+}
+
+/// What is left of values when those that their codes mean are taken away.
+#[inline(always)]
+fn errors_of(values: &[f64; MX_BLOCK_SIZE], codes: &[u8; BLOCK_BYTES], scale: u8) -> [f64; MX_BLOCK_SIZE] {
+    // Twice the magnitudes of E2M1, 0 to 12, in the order of their codes: a shift looks one up, in vectors too.
+    const DOUBLES: u32 = 0xc864_3210;
+    let half_scale = power_of_two(i32::from(scale) - 128);
+    let mut unpacked = [0; MX_BLOCK_SIZE];
+    super::unpack(codes, &mut unpacked);
+    let mut errors = *values;
+    for (error, code) in errors.iter_mut().zip(unpacked) {
+        let code = u32::from(code);
+        let magnitude = (DOUBLES >> (4 * (code & 7)) & 0xf).cast_signed();
+        let doubled = if code & 8 == 0 { magnitude } else { -magnitude };
+        *error -= f64::from(doubled) * half_scale;
+    }
+    errors
+}
+
+/// The largest magnitude; infinite or NaN where one value is.
+#[inline(always)]
+fn largest_of(values: &[f64; MX_BLOCK_SIZE]) -> f64 {
+    // Floats that are not negative are in the order of their bits, with infinities and NaNs behind all numbers.
+    let bits = by_halves(values, |value| value.abs().to_bits().cast_signed(), i64::max);
+    f64::from_bits(bits.cast_unsigned())
+}
+
+/// Sum of the squares of `values * 2^exponent`.
+#[inline(always)]
+fn sum_of_squares(values: &[f64; MX_BLOCK_SIZE], exponent: i32) -> f64 {
+    let factor = power_of_two(exponent);
+    by_halves(values, |value| (value * factor) * (value * factor), |a, b| a + b)
+}
+
+/// What `join` makes of `of` every value: half by half, in vectors, and always in this order.
+#[inline(always)]
+fn by_halves<T: Copy + Default>(values: &[f64; MX_BLOCK_SIZE], of: impl Fn(f64) -> T, join: impl Fn(T, T) -> T) -> T {
+    let mut joined = [T::default(); MX_BLOCK_SIZE];
+    for (joined, &value) in joined.iter_mut().zip(values) {
+        *joined = of(value);
+    }
+    for half in [16, 8, 4, 2, 1] {
+        let (front, back) = joined.split_at_mut(half);
+        for (front, &back) in front.iter_mut().zip(back.iter()) {
+            *front = join(*front, back);
+        }
+    }
+    joined[0]
 }
 
 /// 2^exponent for the exponents of normal floats.
@@ -187,7 +244,7 @@ fn scaled(mut value: f64, mut exponent: i32) -> f64 {
 
 /// 10 log10(ratio 2^exponent), without the logarithm of the system, whose last bits differ from one to the next.
 ///
-/// ln m = 2 artanh t with t = (m - 1) / (m + 1); for m within sqrt(2) of one, t^2 < 0.03 and twelve terms are enough.
+/// ln m = 2 artanh t with t = (m - 1) / (m + 1); for m within sqrt(2) of one, t^2 < 0.03 and these terms are enough.
 fn decibels(ratio: f64, exponent: i32) -> f64 {
     const TERMS: [f64; 13] = [1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0, 17.0, 19.0, 21.0, 23.0, 25.0];
     let mut power = exponent_of(ratio);

@@ -8,7 +8,7 @@ use tensorport::Checkpoint;
 use tensorport::Error;
 use tensorport::cast::OnOverflow;
 use tensorport::manifest::SideFileOrigin;
-use tensorport::plan::{Options, Precision};
+use tensorport::options::{Options, Precision};
 use tensorport::progress;
 use tensorport::work::Resources;
 

@@ -10,7 +10,7 @@ use tensorport::Checkpoint;
 use tensorport::checkpoint::TensorSpec;
 use tensorport::convert::{ConversionReport, Mode};
 use tensorport::manifest::{Manifest, TensorInfo};
-use tensorport::plan::{Mxfp4Mode, Options, Precision};
+use tensorport::options::{Mxfp4Mode, Options, Precision};
 use tensorport::progress;
 use tensorport::verify::VerificationReport;
 use tensorport::work::Resources;

@@ -8,7 +8,7 @@ use safetensors::Dtype;
 use tensorport::Error;
 use tensorport::cast::OnOverflow;
 use tensorport::convert::Mode;
-use tensorport::plan::{Options, Precision};
+use tensorport::options::{Options, Precision};
 use tensorport::progress::{Event, Phase};
 
 use crate::fixtures::{

@@ -7,7 +7,8 @@ use safetensors::Dtype;
 use tensorport::cast::Target;
 use tensorport::checkpoint::TensorSpec;
 use tensorport::dtype::{self, DTYPES};
-use tensorport::plan::{Mxfp4Mode, Options, Plan, Precision, plan};
+use tensorport::options::{Mxfp4Mode, Options, Precision};
+use tensorport::plan::{Plan, plan};
 use tensorport::transform::Transform;
 use tensorport::{Error, Result};
 

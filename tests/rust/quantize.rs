@@ -7,7 +7,9 @@ use safetensors::Dtype;
 use tensorport::checkpoint::TensorSpec;
 use tensorport::convert::Mode;
 use tensorport::mxfp4::{self, ErrorSums, MX_BLOCK_SIZE, QuantizationError, ScaleRule};
-use tensorport::plan::{Mxfp4Mode, Options, Plan, Precision, plan};
+use tensorport::options::{Mxfp4Mode, Options, Precision};
+use tensorport::plan::{Plan, plan};
+use tensorport::simd::Level;
 use tensorport::transform::Transform;
 use tensorport::work::Resources;
 use tensorport::{Error, Result, progress};
@@ -331,6 +333,22 @@ proptest! {
             assert_close(found, expected);
         }
         prop_assert!(found.is_possible(values.len() as u64));
+    }
+}
+
+#[test]
+fn every_level_of_vectors_finds_the_same_errors() {
+    for tensor in matrices().iter().filter(|tensor| tensor.name.ends_with("weight")) {
+        let groups = tensor.shape.iter().product::<usize>() / MX_BLOCK_SIZE;
+        let (mut blocks, mut scales) = (vec![0; 16 * groups], vec![0; groups]);
+        mxfp4::encode(tensor.dtype, ScaleRule::Floor, &tensor.data, &mut blocks, &mut scales);
+        let sums = Level::all().into_iter().map(|level| {
+            let mut sums = ErrorSums::default();
+            sums.add_with(level, tensor.dtype, &tensor.data, &blocks, &scales);
+            sums
+        });
+        let sums: Vec<_> = sums.collect();
+        assert!(sums.iter().all(|other| *other == sums[0]), "{}", tensor.name);
     }
 }
 

@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use serde_json::Value;
 use tensorport::checkpoint::Checkpoint;
 use tensorport::manifest::Manifest;
-use tensorport::plan::{Mxfp4Mode, Options, Precision};
+use tensorport::options::{Mxfp4Mode, Options, Precision};
 use tensorport::verify::{Failure, VerificationReport};
 
 use crate::fixtures::{
