@@ -25,7 +25,7 @@ test: test-rust test-python test-newest
 test-rust:
 	cargo test
 	# Loops become vectors only with optimisation.
-	cargo test --release --test rust -- cast:: encode:: mxfp4::
+	cargo test --release --test rust -- cast:: encode:: mxfp4:: quantize::
 ifneq ($(LIBPYTHON_DIR),)
 	LD_LIBRARY_PATH=$(LIBPYTHON_DIR):$$LD_LIBRARY_PATH cargo test --features python --lib
 else
