@@ -60,7 +60,7 @@ format:
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-# Some 60 minutes on two cores. BENCH_PYTHON: a Python with numpy, safetensors, ml_dtypes and perhaps torch, for the
+# Some 70 minutes on two cores. BENCH_PYTHON: a Python with numpy, safetensors, ml_dtypes and perhaps torch, for the
 # scripts written by hand; BENCH_DISK: a folder on a disk.
 BENCH_PYTHON ?= $(BIN)/python
 BENCH_DISK ?= .
@@ -70,6 +70,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON) --where $(BENCH_DISK) --sync --only tensorport --only numpy
 	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK)
 	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK) --cold --rounds 3 --warmups 1
+	$(BENCH_PYTHON) benchmarks/mxfp4_codec.py --experts 4
+	$(BIN)/python benchmarks/mxfp4_products.py
 	$(BIN)/python benchmarks/mxfp4_codec.py
 
 # Under two minutes on a GPU. BENCH_PYTHON: a Python whose jax drives it; another than the default needs no .venv here.

@@ -11,6 +11,8 @@ that the system has to bring, as any np.empty of this size is. Before a fresh jo
 virtual machine may have given it to its host. NumPy asks for huge pages, which such a machine brings fast or very
 slowly; tensorport asks for them only elsewhere.
 
+"jax.Arrays" are decoded and encoded by XLA on the CPU, into its own fresh memory.
+
 torch's way is transformers' convert_moe_packed_tensors: as transformers calls it, with the transpose at its end, and
 called so that there is nothing to transpose. It is skipped where it cannot be imported.
 
@@ -31,10 +33,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from tensorport import _core
-from tensorport.mxfp4 import _host
+from tensorport import _core, mxfp4
+from tensorport.mxfp4 import MXFP4Array, _host
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measure
@@ -115,6 +118,11 @@ def _decodings(blocks: np.ndarray, scales: np.ndarray, expected: np.ndarray) -> 
                 kind == "fresh",
             )
 
+    w = MXFP4Array(jnp.asarray(blocks), jnp.asarray(scales))
+    jobs["tensorport, jax.Arrays"] = Job(
+        lambda: np.asarray(mxfp4.dequantize(w, dtype)), _name("memcpy", "fresh", max(THREADS)), True
+    )
+
     def numpy_table() -> np.ndarray:
         values = PAIRS[blocks].reshape(*scales.shape, 32)
         values *= np.exp2(scales.astype(np.float32) - 127)[..., None]
@@ -155,6 +163,14 @@ def _encodings(values: np.ndarray) -> dict[str, Job]:
                 _name("memcpy", kind, threads),
                 kind == "fresh",
             )
+
+    array = jnp.asarray(values)
+
+    def quantize() -> tuple[np.ndarray, np.ndarray]:
+        w = mxfp4.quantize(array)
+        return np.asarray(w.blocks), np.asarray(w.scales)
+
+    jobs["tensorport, jax.Arrays"] = Job(quantize, _name("memcpy", "fresh", max(THREADS)), True)
 
     def numpy_quantize() -> tuple[np.ndarray, np.ndarray]:
         groups = values.reshape(*values.shape[:-1], -1, 32).astype(np.float32)
@@ -205,7 +221,7 @@ def _print_table(title: str, jobs: dict[str, Job], seconds: dict[str, list[float
 
 def _versions() -> str:
     installed = {distribution.name for distribution in metadata.distributions()}
-    names = [name for name in ("numpy", "ml_dtypes", "torch", "transformers") if name in installed]
+    names = [name for name in ("numpy", "ml_dtypes", "jax", "torch", "transformers") if name in installed]
     libraries = ", ".join(f"{name} {metadata.version(name)}" for name in names)
     return f"Python {sys.version.split()[0]}, {libraries}"
 
