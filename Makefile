@@ -70,7 +70,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON) --where $(BENCH_DISK) --sync --only tensorport --only numpy
 	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK)
 	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK) --cold --rounds 3 --warmups 1
-	$(BENCH_PYTHON) benchmarks/mxfp4_codec.py --experts 4
+	$(BIN)/python benchmarks/mxfp4_codec.py --experts 4
 	$(BIN)/python benchmarks/mxfp4_products.py
 	$(BIN)/python benchmarks/mxfp4_codec.py
 
