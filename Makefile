@@ -20,7 +20,9 @@ WHEEL_STAMP := dist/.built
 demo: $(VENV)/.demo
 	$(BIN)/tensorport demo
 
-test: test-rust test-python test-newest
+# The two Pythons at once, for most tests are busy on one core; each one's output stays together.
+test: test-rust
+	$(MAKE) --jobs=2 --output-sync=target test-python test-newest
 
 test-rust:
 	cargo test

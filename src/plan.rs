@@ -227,10 +227,13 @@ fn quantized_tensors(
     warnings: &mut Vec<String>,
 ) -> Result<Vec<(usize, PlannedTensor)>> {
     let (total, mut matching, mut encoded) = (planned.len(), 0, 0);
+    let mut is_used = vec![false; quantization.patterns.len()];
     let mut tensors = Vec::with_capacity(total);
     for (index, tensor) in planned {
         let source = &candidates[index];
-        let is_chosen = quantization.globs.is_match(source.name);
+        let globs = quantization.globs.matches(source.name);
+        globs.iter().for_each(|&glob| is_used[glob] = true);
+        let is_chosen = !globs.is_empty();
         matching += usize::from(is_chosen);
         if !is_chosen || !is_float_matrix(source.dtype, source.shape) {
             tensors.push((index, tensor));
@@ -267,6 +270,11 @@ fn quantized_tensors(
                 "a float matrix of 2 or 3 dimensions with rows of whole blocks of {MX_BLOCK_SIZE} among these"
             ),
         });
+    }
+    for (pattern, is_used) in quantization.patterns.iter().zip(is_used) {
+        if !is_used {
+            warnings.push(format!("quantize: no tensor matches {pattern:?}"));
+        }
     }
     Ok(tensors)
 }

@@ -139,7 +139,7 @@ class ConversionReport(_Report):
 def _quantized(error: Mapping[str, float | None]) -> str:
     parts = [f"{error['compression']:.2f} times smaller"]
     if error["sqnr_db"] is None:
-        parts.append("no error")
+        parts.append("no values to compare" if error["mse"] is None else "no error")
     else:
         parts.append(f"SQNR {error['sqnr_db']:.2f} dB, largest error {error['max_error']:.3e}")
     if error["nonfinite"]:

@@ -47,9 +47,10 @@ impl QuantizationError {
 
 impl fmt::Display for QuantizationError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.sqnr_db {
-            Some(sqnr_db) => write!(f, "SQNR {sqnr_db:.2} dB, largest error {:.3e}", self.max_error)?,
-            None => f.write_str("no error")?,
+        match (self.sqnr_db, self.mse) {
+            (Some(sqnr_db), _) => write!(f, "SQNR {sqnr_db:.2} dB, largest error {:.3e}", self.max_error)?,
+            (None, Some(_)) => f.write_str("no error")?,
+            (None, None) => f.write_str("no values to compare")?,
         }
         if self.nonfinite > 0 {
             write!(f, ", {} NaNs and infinities", self.nonfinite)?;

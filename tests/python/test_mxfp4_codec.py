@@ -232,6 +232,15 @@ def test_fake_quantize_has_the_values_of_mxfp4_and_the_gradient_of_the_identity(
     assert half.dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_fake_quantize_keeps_finite_values_finite(rule: Any) -> None:
+    x = np.full((2, 32), 65504, np.float16)
+    x[1, 3] = np.inf
+    found = np.asarray(mxfp4.fake_quantize(x, scale_rule=rule))
+    assert np.isfinite(found[0]).all()
+    assert found[1, 3] == np.inf
+
+
 def test_vmap_and_scan_over_leading_axes() -> None:
     x = jnp.asarray(np.random.default_rng(10).standard_normal((4, 3, 64)), jnp.float32)
     whole = mxfp4.quantize(x)
@@ -291,6 +300,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         "dtype: found float8_e4m3fn",
     ),
+    "to None": (lambda: mxfp4.quantize(np.zeros(32)).dequantize(None), TypeError, "dtype: found None"),  # type: ignore[arg-type]
     "to float64": (
         lambda: mxfp4.quantize(jnp.zeros(32)).dequantize(np.float64),
         ValueError,

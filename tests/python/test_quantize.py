@@ -274,6 +274,19 @@ def test_precision_is_for_what_is_not_quantized(tmp_path: Path, write_safetensor
     assert checkpoint["bias"].dtype == checkpoint["kept.w"].dtype == ml_dtypes.bfloat16
 
 
+def test_a_glob_that_matches_nothing_beside_one_that_does_is_named(tmp_path: Path, write_safetensors: Write) -> None:
+    source = write_safetensors(tmp_path / "m.safetensors", {"a.weight": np.ones((3, 64), np.float32)})
+    with pytest.warns(UserWarning, match=r'quantize: no tensor matches "typo\*"'):
+        tensorport.convert(source, tmp_path / "tree", mxfp4="quantize", quantize=["a.weight", "typo*"], progress=False)
+
+
+def test_a_matrix_of_nan_has_no_error_to_report(tmp_path: Path, write_safetensors: Write) -> None:
+    source = write_safetensors(tmp_path / "m.safetensors", {"a": np.full((2, 32), np.nan, np.float32)})
+    report = tensorport.convert(source, tmp_path / "tree", mxfp4="quantize", quantize="a", progress=False)
+    assert report.quantization["a"]["mse"] is None
+    assert "a: 7.53 times smaller, no values to compare, 64 NaNs and infinities" in repr(report)
+
+
 def test_what_cannot_be_quantized_is_kept_and_named(tmp_path: Path, write_safetensors: Write) -> None:
     arrays: dict[str, NDArray[Any]] = {
         "a.weight": np.ones((3, 64), np.float32),

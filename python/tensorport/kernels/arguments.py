@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from tensorport.mxfp4.codec import FLOATS
@@ -20,7 +21,10 @@ def float_array(name: str, value: ArrayLike, ndim: int | None = None) -> jnp.nda
 
 
 def integer_array(name: str, value: ArrayLike, ndim: int) -> jnp.ndarray:
-    """An array of integers."""
+    """An array of integers; NumPy's in int32, those beyond it as its ends."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+        # What 32 bits cannot hold must not come out as some other number.
+        value = value.clip(-(2**31), 2**31 - 1).astype(np.int32)
     array = _array(name, value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name}: found an array of {array.dtype}, expected integers")

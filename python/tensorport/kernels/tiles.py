@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, UInt8
 
+from tensorport.kernels.varying import full_alike
 from tensorport.mxfp4.types import MX_BLOCK_BYTES, MXFP4Array
 
 __all__ = ["accumulator_dtype", "decode_halves", "product", "transposed_product"]
@@ -55,7 +56,9 @@ def product(x: Float[Array, "m k"], w: MXFP4Array, index: Index, *, block_n: int
         start = jnp.minimum(number * block_n, n - block_n)
         return jax.lax.dynamic_update_slice(out, tile_product(start), (jnp.zeros_like(start), start))
 
-    out: Array = jax.lax.fori_loop(jnp.int32(0), jnp.int32(-(-n // block_n)), step, jnp.zeros((m, n), dtype))
+    out: Array = jax.lax.fori_loop(
+        jnp.int32(0), jnp.int32(-(-n // block_n)), step, full_alike((x, w), (m, n), 0, dtype)
+    )
     return out
 
 
@@ -79,7 +82,7 @@ def transposed_product(g: Float[Array, "m n"], w: MXFP4Array, index: Index, *, b
     if block_n == n:
         sums = tile_products(lhs, 0)
     else:
-        sums = [jnp.zeros((m, k // 2), dtype)] * 2
+        sums = [full_alike((g, w), (m, k // 2), 0, dtype)] * 2
         sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(-(-n // block_n)), step, sums)
     return jnp.stack(sums, axis=-1).reshape(m, k)
 

@@ -115,6 +115,8 @@ def dequantize(w: MXFP4Array, dtype: DTypeLike = jnp.bfloat16) -> Any:
     """
     if not isinstance(w, MXFP4Array):
         raise TypeError(f"w: found {type(w).__name__}, expected an MXFP4Array")
+    if dtype is None:  # which NumPy takes for float64
+        raise TypeError("dtype: found None, expected a float dtype")
     wanted = jnp.dtype(dtype)
     if wanted.name not in FLOATS:
         raise ValueError(f"dtype: found {wanted.name}, expected one of {', '.join(FLOATS)}")
@@ -129,6 +131,8 @@ def fake_quantize(
     x: Any, *, scale_rule: ScaleRule = "floor", rounding: Rounding = "nearest", key: Array | None = None
 ) -> Float[Array, "*batch k"]:
     """Quantizes and decodes at once: `x` as MXFP4 would hold it, in its own dtype, for quantization-aware training.
+
+    Finite values stay finite: in float16, what MXFP4 rounds beyond 65504 becomes that.
 
     The gradient is that of the identity (a straight-through estimator): rounding has none of its own, and saturated
     values keep learning.
@@ -145,7 +149,14 @@ def fake_quantize(
     Source: Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013.
     """
     x = jnp.asarray(x)
-    decoded = dequantize(quantize(jax.lax.stop_gradient(x), scale_rule=scale_rule, rounding=rounding, key=key), x.dtype)
+    w = quantize(jax.lax.stop_gradient(x), scale_rule=scale_rule, rounding=rounding, key=key)
+    if x.dtype == jnp.float16:
+        # MXFP4 rounds up beyond float16 where a block's scale does; what was finite stays finite.
+        largest = float(np.finfo(np.float16).max)
+        values = dequantize(w, jnp.float32)
+        decoded = jnp.where(jnp.isfinite(x), jnp.clip(values, -largest, largest), values).astype(jnp.float16)
+    else:
+        decoded = dequantize(w, x.dtype)
     return _straight_through(x, decoded)
 
 

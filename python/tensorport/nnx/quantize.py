@@ -121,11 +121,18 @@ class _Entry:
         layer: the layer.
         paths: from the model to it, one for each of its places.
         put: for each place a function that puts another layer there.
+        wrapper: a module around one of its places that computes with its dense weights, by its class; None where there
+            is none.
     """
 
     layer: nnx.Linear | nnx.Embed
     paths: list[str]
     put: list[Callable[[nnx.Module], None]]
+    wrapper: str | None = None
+
+
+_WRAPPERS: Final = (nnx.SpectralNorm, nnx.WeightNorm)
+"""Modules that change the weights of a layer before they call it, and find them by their type, nnx.Param."""
 
 
 def _find(model: nnx.Module) -> list[_Entry]:
@@ -133,20 +140,23 @@ def _find(model: nnx.Module) -> list[_Entry]:
     entries: dict[int, _Entry] = {}
     entered: set[int] = set()
 
-    def visit(node: Any, path: tuple[str, ...], put: Callable[[Any], None]) -> None:
+    def visit(node: Any, path: tuple[str, ...], put: Callable[[Any], None], wrapper: str | None) -> None:
         if isinstance(node, nnx.Linear | nnx.Embed):
             entry = entries.setdefault(id(node), _Entry(node, [], []))
             entry.paths.append(".".join(path))
             entry.put.append(put)
+            entry.wrapper = entry.wrapper or wrapper
             return
         if isinstance(node, (nnx.Variable, *_OWN)) or id(node) in entered:
             return
         if isinstance(node, nnx.Pytree | list | dict):
             entered.add(id(node))
+        if isinstance(node, _WRAPPERS):
+            wrapper = type(node).__name__
         for key, child, put_child in _children(node, put):
-            visit(child, (*path, key), put_child)
+            visit(child, (*path, key), put_child, wrapper)
 
-    visit(model, (), lambda _: None)
+    visit(model, (), lambda _: None, None)
     return list(entries.values())
 
 
@@ -180,13 +190,16 @@ def _refuse(entries: list[_Entry], chosen: list[_Entry], where: Where) -> None:
         raise MappingError(
             f"where: found {len(entries)} dense layers, none of them chosen by {where!r}, expected one or more{paths}"
         )
-    faults = [(entry.paths[0], _fault(entry.layer)) for entry in chosen]
+    faults = [(entry.paths[0], _fault(entry)) for entry in chosen]
     told = [f"{path}: {fault}" for path, fault in faults if fault is not None]
     if told:
         raise MappingError(f"{len(told)} of {len(chosen)} chosen layers cannot be quantized:{_listed(told)}")
 
 
-def _fault(layer: nnx.Linear | nnx.Embed) -> str | None:
+def _fault(entry: _Entry) -> str | None:
+    if entry.wrapper is not None:
+        return f"found it within an nnx.{entry.wrapper}, which computes with its dense weights"
+    layer = entry.layer
     fault = linear_fault(layer) if isinstance(layer, nnx.Linear) else embed_fault(layer)
     if fault is not None:
         return fault

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import mxfp4_oracle as oracle
 import numpy as np
 import pytest
+from jax import export
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from mxfp4_cases import assert_close, float64, random_array, random_weights, temporary_bytes
 from tensorport import mxfp4
 from tensorport.kernels.mxfp4_expert_matmul import reference
@@ -77,6 +80,38 @@ def test_vmap_over_tokens() -> None:
     found = jax.vmap(mxfp4.expert_matmul, (0, None, 0))(x, w, ids)
     flat = mxfp4.expert_matmul(x.reshape(15, K), w, ids.reshape(15))
     np.testing.assert_allclose(np.asarray(found).reshape(15, 40), np.asarray(flat), rtol=1e-5, atol=1e-5)
+
+
+def test_shard_map_over_tokens() -> None:
+    mesh = Mesh(np.array(jax.devices()), ("x",))
+    w, x = random_weights(E, N, K), random_array(16, K)
+    ids = jnp.asarray(np.random.default_rng(5).integers(0, E, 16))
+    sharded = jax.jit(jax.shard_map(mxfp4.expert_matmul, mesh=mesh, in_specs=(P("x"), P(), P("x")), out_specs=P("x")))
+    for found, wanted in (
+        (sharded(x, w, ids), mxfp4.expert_matmul(x, w, ids)),
+        (
+            jax.grad(lambda x: jnp.sum(sharded(x, w, ids) ** 2))(x),
+            jax.grad(lambda x: jnp.sum(mxfp4.expert_matmul(x, w, ids) ** 2))(x),
+        ),
+    ):
+        np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), rtol=1e-4, atol=1e-2)
+
+
+def test_ids_beyond_32_bits_are_no_experts_either() -> None:
+    ids = np.array([2**40 + 1, 2**32, -(2**32), 2], np.int64)
+    for kind in (np.int64, np.uint64):
+        found = np.asarray(mxfp4.expert_matmul(random_array(4, K), random_weights(E, N, K), ids.astype(kind)))
+        assert np.isnan(found[:3]).all()
+        assert np.isfinite(found[3]).all()
+
+
+def test_it_exports_with_a_symbolic_number_of_tokens() -> None:
+    w, x, ids = random_weights(E, 40, K), random_array(7, K), jnp.asarray([0, 5, 2, 2, 2, 1, 5], jnp.int32)
+    (tokens,) = export.symbolic_shape("t")
+    shapes = jax.ShapeDtypeStruct((tokens, K), jnp.float32), jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    exported = export.export(jax.jit(lambda x, ids: mxfp4.expert_matmul(x, w, ids)))(*shapes)
+    found = np.asarray(exported.call(x, ids))
+    np.testing.assert_allclose(found, np.asarray(mxfp4.expert_matmul(x, w, ids)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [4, 2048])

@@ -13,6 +13,8 @@ import mxfp4_oracle as oracle
 import numpy as np
 import pytest
 import tensorport
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from mxfp4_cases import float64, random_array, random_weights, temporary_bytes
 from numpy.typing import NDArray
 from tensorport import mxfp4
@@ -166,6 +168,48 @@ def test_codes_have_no_gradient() -> None:
         return jnp.sum(mxfp4.moe(args[0], chosen, jax.nn.softmax(weights), *args[3:]))
 
     assert np.count_nonzero(np.asarray(jax.grad(loss)(random_array(4, E)))) == 4 * CHOICES
+
+
+def test_nan_in_one_token_reaches_no_gradient_of_another_expert() -> None:
+    """Rows that fill up a chunk are those of other experts: nothing of theirs may count."""
+    args = list(inputs(8))
+    args[1] = jnp.asarray([[0, 1, 2]] * 7 + [[3, 4, 5]])
+
+    def loss(*args: Any) -> Any:
+        return jnp.sum(mxfp4.moe(*args))
+
+    clean = jax.grad(loss, (4, 6))(*args)
+    for number, value in ((0, jnp.nan), (2, jnp.inf)):
+        spoiled = [*args]
+        spoiled[number] = args[number].at[7, 0].set(value)
+        for found, wanted in zip(jax.grad(loss, (4, 6))(*spoiled), clean, strict=True):
+            np.testing.assert_array_equal(np.asarray(found[:3]), np.asarray(wanted[:3]))
+
+
+@pytest.mark.parametrize("over", ["tokens", "experts"])
+def test_shard_map(over: str) -> None:
+    mesh = Mesh(np.array(jax.devices()[:3]), ("x",))
+    x, chosen, weights, gate_up, gate_up_bias, down, down_bias = inputs(6)
+
+    def of_own_experts(x: Any, chosen: Any, weights: Any, *experts: Any) -> Any:
+        """Two experts on each of the three devices; choices that are elsewhere weigh nothing."""
+        local = chosen - 2 * jax.lax.axis_index("x")
+        is_mine = (local >= 0) & (local < 2)
+        own = mxfp4.moe(x, jnp.where(is_mine, local, 0), jnp.where(is_mine, weights, 0), *experts)
+        return jax.lax.psum(own, "x")
+
+    function, tokens, experts = (mxfp4.moe, P("x"), P()) if over == "tokens" else (of_own_experts, P(), P("x"))
+    specs = (tokens,) * 3 + (experts,) * 4
+    sharded = jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=tokens))
+
+    def run(moe: Any) -> Any:
+        def loss(x: Any, weights: Any, gate_up_bias: Any, down_bias: Any) -> Any:
+            return jnp.sum(moe(x, chosen, weights, gate_up, gate_up_bias, down, down_bias) ** 2)
+
+        return jax.value_and_grad(loss, (0, 1, 2, 3))(x, weights, gate_up_bias, down_bias)
+
+    for found, wanted in zip(jax.tree.leaves(run(sharded)), jax.tree.leaves(run(mxfp4.moe)), strict=True):
+        np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), rtol=1e-4, atol=1e-3 * np.abs(wanted).max())
 
 
 def test_jit_and_vmap_change_nothing() -> None:

@@ -246,6 +246,17 @@ def test_what_is_within_mxfp4_layers_stays() -> None:
     assert type(model["moe"].router) is nnx.Linear
 
 
+@pytest.mark.parametrize("wrapper", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_layers_whose_dense_weights_a_wrapper_computes_with_are_refused(wrapper: Any) -> None:
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(WIDTH, WIDTH, rngs=rngs), wrapper(nnx.Linear(WIDTH, WIDE, rngs=rngs), rngs=rngs))
+    with pytest.raises(tensorport.MappingError, match=rf"(?s)1 of 2 .*within an nnx\.{wrapper.__name__}"):
+        quantize_model(model, "")
+    assert isinstance(model.layers[0], nnx.Linear)
+    quantize_model(model, r"^layers\.0$")
+    assert isinstance(model.layers[0], MXFP4Linear)
+
+
 def test_a_base_under_an_adapter_is_found() -> None:
     base = nnx.Linear(WIDTH, WIDE, rngs=nnx.Rngs(0))
     model = nnx.Dict({"adapted": nnx.LoRA(WIDTH, 3, WIDE, base_module=base, rngs=nnx.Rngs(1))})

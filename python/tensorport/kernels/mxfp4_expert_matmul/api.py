@@ -10,6 +10,7 @@ from tensorport.kernels.arguments import float_array, integer_array, mxfp4_array
 from tensorport.kernels.frozen import no_gradient
 from tensorport.kernels.mxfp4_expert_matmul import xla
 from tensorport.kernels.registry import Implementation, ImplementationName, Op
+from tensorport.kernels.varying import vary_alike
 from tensorport.mxfp4.types import MXFP4Array
 
 __all__ = ["OP", "expert_matmul"]
@@ -46,7 +47,8 @@ def expert_matmul(
     x, w, expert_ids = float_array("x", x, 2), mxfp4_array("w", w, 3), integer_array("expert_ids", expert_ids, 1)
     same_size("T, the number of tokens", {"x": x.shape[0], "expert_ids": expert_ids.shape[0]})
     same_size("K, the last axis", {"x": x.shape[1], "w": w.shape[2]})
-    out: Array = _expert_matmul(OP.choose(implementation, x, w, expert_ids).name, x, w, expert_ids)
+    name = OP.choose(implementation, x, w, expert_ids).name
+    out: Array = _expert_matmul(name, *vary_alike((x, w, expert_ids)))
     return out
 
 

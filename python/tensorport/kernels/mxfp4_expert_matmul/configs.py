@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tensorport.kernels.grouping import rows_of_chunk
+from tensorport.kernels.grouping import Size, rows_of_chunk
 from tensorport.kernels.mxfp4_matmul.configs import Config as MatmulConfig
 from tensorport.kernels.registry import Device
 
@@ -22,6 +22,6 @@ class Config:
     block_n: int
 
     @classmethod
-    def choose(cls, device: Device, tokens: int, num_experts: int) -> "Config":
+    def choose(cls, device: Device, tokens: Size, num_experts: int) -> "Config":
         """The settings for so many tokens on a device."""
         return cls(rows_of_chunk(tokens, num_experts), MatmulConfig.choose(device).block_n)

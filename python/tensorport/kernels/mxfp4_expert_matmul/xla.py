@@ -10,6 +10,7 @@ from tensorport.kernels.grouping import chunk_by_expert
 from tensorport.kernels.mxfp4_expert_matmul.configs import Config
 from tensorport.kernels.registry import Device
 from tensorport.kernels.tiles import accumulator_dtype, product, transposed_product
+from tensorport.kernels.varying import full_alike
 from tensorport.mxfp4.types import MXFP4Array
 
 __all__ = ["expert_matmul", "expert_matmul_transposed"]
@@ -30,10 +31,10 @@ def expert_matmul_transposed(
 def _by_expert(
     multiply: Callable[..., Array], x: Array, w: MXFP4Array, expert_ids: Array, columns: int
 ) -> Float[Array, "t columns"]:
-    tokens = len(x)
+    tokens = x.shape[0]
     # Tokens without an expert are in no chunk.
-    out = jnp.full((tokens, columns), jnp.nan, accumulator_dtype(x.dtype))
-    if not tokens or not w.shape[0]:
+    out = full_alike((x, w, expert_ids), (tokens, columns), jnp.nan, accumulator_dtype(x.dtype))
+    if tokens == 0 or w.shape[0] == 0:
         return out.astype(x.dtype)
     config = Config.choose(Device.of(x, w), tokens, w.shape[0])
     chunks = chunk_by_expert(expert_ids, w.shape[0], config.block_m)

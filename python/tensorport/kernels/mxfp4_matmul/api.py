@@ -10,6 +10,7 @@ from tensorport.kernels.arguments import float_array, mxfp4_array, same_size
 from tensorport.kernels.frozen import no_gradient
 from tensorport.kernels.mxfp4_matmul import scaled_dot, xla
 from tensorport.kernels.registry import Implementation, ImplementationName, Op
+from tensorport.kernels.varying import vary_alike
 from tensorport.mxfp4.types import MXFP4Array
 
 __all__ = ["OP", "matmul"]
@@ -26,8 +27,9 @@ def matmul(
 ) -> Float[Array, "*batch n"]:
     """Multiplies by an MXFP4 matrix: x [..., K] . w [N, K] -> [..., N], as `x @ w.dequantize().T` would.
 
-    Codes and scales are exact, `x` is never narrowed, and sums are taken in float32 (float64 where `x` is). A tile of
-    rows of `w` is decoded at a time: a dense copy of it is never made. Differentiable in `x` (in reverse mode, any
+    Codes and scales are exact (but backends that flush subnormals, such as CPU, take weights below 2 ** -126 for zero),
+    `x` is never narrowed, and sums are taken in float32 (float64 where `x` is). A tile of rows of `w` is decoded at a
+    time: a dense copy of it is never made. Differentiable in `x` (in reverse mode, any
     number of times); the gradient is computed by the implementation `xla`. Codes are frozen.
 
     Args:
@@ -44,7 +46,7 @@ def matmul(
     """
     x, w = float_array("x", x), mxfp4_array("w", w, 2)
     same_size("K, the last axis", {"x": x.shape[-1], "w": w.shape[1]})
-    out: Array = _matmul(OP.choose(implementation, x, w).name, x, w)
+    out: Array = _matmul(OP.choose(implementation, x, w).name, *vary_alike((x, w)))
     return out
 
 

@@ -11,6 +11,7 @@ from tensorport.kernels.frozen import no_gradient
 from tensorport.kernels.mxfp4_moe import xla
 from tensorport.kernels.mxfp4_moe.types import Activation, Experts
 from tensorport.kernels.registry import Implementation, ImplementationName, Op
+from tensorport.kernels.varying import vary_alike
 from tensorport.mxfp4.types import MXFP4Array
 
 __all__ = ["OP", "moe"]
@@ -39,8 +40,8 @@ def moe(  # noqa: PLR0917 - the order of the contract
 
     Only the experts that have tokens are decoded, a tile of rows at a time, and tokens of one expert go through it
     together; memory does not grow with the number of experts. Codes and scales are exact, `x` is never narrowed, and
-    all in between is float32 (float64 where `x` is). Differentiable in reverse mode with respect to `x`,
-    `router_weights` and the biases, by the implementation `xla`; codes are frozen.
+    all in between is float32 (float64 where `x` is). Differentiable in reverse mode, once, with
+    respect to `x`, `router_weights` and the biases, by the implementation `xla`; codes are frozen.
 
     Args:
         x: bfloat16, float16, float32 or float64 [T, H].
@@ -75,7 +76,7 @@ def moe(  # noqa: PLR0917 - the order of the contract
     _check_sizes(x, router_indices, router_weights, experts)
     activation = Activation(float(limit), float(alpha))
     inputs = x, router_indices, router_weights, experts
-    out: Array = _moe(OP.choose(implementation, *inputs, activation).name, activation, inputs)
+    out: Array = _moe(OP.choose(implementation, *inputs, activation).name, activation, vary_alike(inputs))
     return out
 
 

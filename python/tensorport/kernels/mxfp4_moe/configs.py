@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from tensorport.kernels.grouping import rows_of_chunk
+from tensorport.kernels.grouping import Size, rows_of_chunk
 from tensorport.kernels.mxfp4_matmul.configs import Config as MatmulConfig
 from tensorport.kernels.registry import Device
 
@@ -22,6 +22,6 @@ class Config:
     block_n: int
 
     @classmethod
-    def choose(cls, device: Device, pairs: int, num_experts: int) -> "Config":
+    def choose(cls, device: Device, pairs: Size, num_experts: int) -> "Config":
         """The settings for so many pairs on a device."""
         return cls(rows_of_chunk(pairs, num_experts), MatmulConfig.choose(device).block_n)

@@ -10,6 +10,7 @@ from tensorport.kernels.mxfp4_moe.types import Activation, Experts
 from tensorport.kernels.registry import Device
 from tensorport.kernels.swiglu import clamped_swiglu
 from tensorport.kernels.tiles import accumulator_dtype, product, transposed_product
+from tensorport.kernels.varying import full_alike
 
 __all__ = ["moe", "moe_gradients"]
 
@@ -23,8 +24,8 @@ def moe(
 ) -> Float[Array, "t h"]:
     """The outputs of each token's experts, weighted and summed."""
     k, dtype = router_indices.shape[1], accumulator_dtype(x.dtype)
-    out = jnp.zeros(x.shape, dtype)
-    if not router_indices.size:
+    out = full_alike((x, router_indices, router_weights, experts), x.shape, 0, dtype)
+    if router_indices.size == 0:
         return out.astype(x.dtype)
     config, chunks = _grouped(x, router_indices, experts)
     weights = router_weights.reshape(-1).astype(dtype)
@@ -58,21 +59,22 @@ def moe_gradients(  # noqa: PLR0917 - the arguments of moe in their order
     k, dtype = router_indices.shape[1], accumulator_dtype(x.dtype)
     weights = router_weights.reshape(-1).astype(dtype)
     shapes = (x.shape, weights.shape, experts.gate_up_bias.shape, experts.down_bias.shape)
-    sums = tuple(jnp.zeros(shape, dtype) for shape in shapes)
+    sums = tuple(full_alike((g, x, router_indices, router_weights, experts), shape, 0, dtype) for shape in shapes)
     config, chunks = _grouped(x, router_indices, experts)
 
     def step(number: Int32[Array, ""], sums: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         dx, dweights, dgate_up_bias, ddown_bias = sums
         pair, is_there = chunks.rows(number, config.block_m)
         expert, token = chunks.expert[number], pair // k
-        h = product(x[token], experts.gate_up, expert, block_n=config.block_n)
+        # Of rows that are not there all is zero, so that nothing of theirs reaches any sum: not even a NaN.
+        rows = jnp.where(is_there[:, None], x[token], jnp.zeros((), x.dtype))
+        h = product(rows, experts.gate_up, expert, block_n=config.block_n)
         h += experts.gate_up_bias[expert, None].astype(dtype)
         a, pull_back = jax.vjp(lambda h: clamped_swiglu(h, limit=activation.limit, alpha=activation.alpha), h)
-        # Rows that are not there have no gradient, so that nothing of theirs reaches any sum.
         dy = jnp.where(is_there[:, None], g[token].astype(dtype), 0)
         da = transposed_product(dy, experts.down, expert, block_n=config.block_n)
         dweight = jnp.sum(da * a, axis=1) + dy @ experts.down_bias[expert].astype(dtype)
-        weight = weights[pair][:, None]
+        weight = jnp.where(is_there, weights[pair], 0)[:, None]
         (dh,) = pull_back(da * weight)
         return (
             dx.at[token].add(transposed_product(dh, experts.gate_up, expert, block_n=config.block_n)),
@@ -81,7 +83,7 @@ def moe_gradients(  # noqa: PLR0917 - the arguments of moe in their order
             ddown_bias.at[expert].add(jnp.sum(dy * weight, axis=0)),
         )
 
-    if router_indices.size:
+    if router_indices.size != 0:
         sums = jax.lax.fori_loop(jnp.int32(0), chunks.total, step, sums)
     dx, dweights, dgate_up_bias, ddown_bias = sums
     return (
