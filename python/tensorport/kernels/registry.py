@@ -67,8 +67,8 @@ class Implementation:
 
     Attributes:
         name: how users name it.
-        run: computes the op; takes its arguments, already checked.
-        refuses: takes the device and the op's arguments, of which only shapes and dtypes count; returns why this
+        run: computes the op; takes its arguments, already checked, and its settings.
+        refuses: takes the device and those arguments, of which only shapes and dtypes count; returns why this
             implementation cannot run, or None if it can.
     """
 
@@ -105,21 +105,28 @@ class Explanation:
 
 
 class Op:
-    """An op and its implementations, in the order in which `auto` tries them."""
+    """An op and its implementations.
 
-    def __init__(self, name: str, *implementations: Implementation) -> None:
+    Args:
+        name: how users name it.
+        arguments: takes the op's arrays in its users' order, checks them, and returns what implementations take.
+        implementations: in the order in which `auto` tries them.
+    """
+
+    def __init__(self, name: str, arguments: Callable[..., tuple[Any, ...]], *implementations: Implementation) -> None:
         self.name = name
+        self.arguments = arguments
         self.implementations = {implementation.name: implementation for implementation in implementations}
         OPS[name] = self
 
     def choose(self, implementation: str, *args: Any) -> Implementation:
-        """The implementation that runs on these arguments.
+        """The implementation that runs on these arguments, which are checked.
 
         Raises:
             NotImplementedError: the named one cannot run, or with `auto` none can; says why.
             ValueError: no such implementation.
         """
-        explanation = self.explain(implementation, *args)
+        explanation = self.explain(implementation, Device.of(*args), *args)
         if explanation.implementation is not None:
             return self.implementations[explanation.implementation]
         reasons = (
@@ -128,12 +135,11 @@ class Op:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise NotImplementedError(f"{self.name} on {explanation.device}: {told}")
 
-    def explain(self, implementation: str, *args: Any) -> Explanation:
-        """As :func:`explain`, for arguments in the order in which implementations take them."""
+    def explain(self, implementation: str, device: Device, *args: Any) -> Explanation:
+        """As :func:`explain`, for a device and what implementations take, or what has its shapes and dtypes."""
         names = ImplementationName.__args__  # type: ignore[attr-defined]
         if implementation not in names:
             raise ValueError(f"implementation: found {implementation!r}, expected one of {', '.join(map(repr, names))}")
-        device = Device.of(*args)
         reasons: dict[str, str | None] = {
             name: known.refuses(device, *args) for name, known in self.implementations.items()
         }
@@ -154,7 +160,7 @@ def explain(op: str | Callable[..., Any], *args: Any, implementation: Implementa
         implementation: what the op would be asked for.
 
     Raises:
-        ValueError: no such op, or no such implementation.
+        TypeError, ValueError: no such op, no such implementation, or arrays that the op would refuse.
     """
     import tensorport.mxfp4  # noqa: F401, PLC0415 - which registers its ops
 
@@ -162,4 +168,4 @@ def explain(op: str | Callable[..., Any], *args: Any, implementation: Implementa
     found = OPS.get(name) or OPS.get(f"mxfp4.{name}")
     if found is None:
         raise ValueError(f"op: found {name!r}, expected one of {', '.join(map(repr, OPS))}")
-    return found.explain(implementation, *args)
+    return found.explain(implementation, Device.of(*args), *jax.eval_shape(found.arguments, *args))

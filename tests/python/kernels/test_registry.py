@@ -15,10 +15,36 @@ B200 = Device("gpu", "NVIDIA B200", (10, 0))
 CPU = Device("cpu", "cpu", None)
 
 
+def weights(*shape: int) -> MXFP4Array:
+    *leading, k = shape
+    blocks, scales = ((*leading, k // 32, 16), (*leading, k // 32))
+    return MXFP4Array(jax.ShapeDtypeStruct(blocks, np.uint8), jax.ShapeDtypeStruct(scales, np.uint8))
+
+
+def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "matmul": (shape(3, 64), weights(5, 64)),
+    "expert_matmul": (shape(3, 64), weights(7, 5, 64), shape(3, dtype=jnp.int32)),
+    "moe": (
+        shape(3, 64),
+        shape(3, 2, dtype=jnp.int32),
+        shape(3, 2),
+        weights(7, 192, 64),
+        shape(7, 192),
+        weights(7, 64, 96),
+        shape(7, 64),
+    ),
+}
+
+
 @pytest.fixture
 def op() -> Any:
     op = Op(
         "test.op",
+        lambda x: (x,),
         Implementation("scaled_dot", lambda x: x + 1, lambda device, _: None if device.platform == "gpu" else "no GPU"),
         Implementation("native", lambda x: x + 2, lambda _, x: "x is odd" if x.size % 2 else None),
     )
@@ -63,14 +89,22 @@ def test_explain_tells_what_runs_and_why_not_the_others() -> None:
 
 @pytest.mark.parametrize("name", ["matmul", "expert_matmul", "moe"])
 def test_ops_are_found_by_function_and_by_name(name: str) -> None:
-    function = getattr(mxfp4, name)
-    x = jax.ShapeDtypeStruct((3, 64), jnp.bfloat16)
-    w = MXFP4Array(jax.ShapeDtypeStruct((5, 2, 16), np.uint8), jax.ShapeDtypeStruct((5, 2), np.uint8))
+    function, args = getattr(mxfp4, name), ARGUMENTS[name]
     for op in (function, name, f"mxfp4.{name}"):
-        explained = kernels.explain(op, x, w)
+        explained = kernels.explain(op, *args)
         assert explained.op == f"mxfp4.{name}"
         assert explained.implementation == "xla"
         assert explained.reasons["pallas_triton"] == "not in this version of tensorport"
+
+
+def test_arrays_that_the_op_would_refuse_are_refused() -> None:
+    x, _ = ARGUMENTS["matmul"]
+    with pytest.raises(ValueError, match="K, the last axis: found 64 in x, 96 in w"):
+        kernels.explain(mxfp4.matmul, x, weights(5, 96))
+    with pytest.raises(TypeError, match="w: found"):
+        kernels.explain(mxfp4.matmul, x, x)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'w'"):
+        kernels.explain(mxfp4.matmul, x)
 
 
 def test_an_unknown_op_is_refused() -> None:

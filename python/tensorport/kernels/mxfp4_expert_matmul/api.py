@@ -15,7 +15,15 @@ from tensorport.mxfp4.types import MXFP4Array
 
 __all__ = ["OP", "expert_matmul"]
 
-OP = Op("mxfp4.expert_matmul", Implementation("xla", xla.expert_matmul))
+
+def _arguments(x: ArrayLike, w: MXFP4Array, expert_ids: ArrayLike) -> tuple[Array, MXFP4Array, Array]:
+    x, w, expert_ids = float_array("x", x, 2), mxfp4_array("w", w, 3), integer_array("expert_ids", expert_ids, 1)
+    same_size("T, the number of tokens", {"x": x.shape[0], "expert_ids": expert_ids.shape[0]})
+    same_size("K, the last axis", {"x": x.shape[1], "w": w.shape[2]})
+    return x, w, expert_ids
+
+
+OP = Op("mxfp4.expert_matmul", _arguments, Implementation("xla", xla.expert_matmul))
 
 
 def expert_matmul(
@@ -44,11 +52,8 @@ def expert_matmul(
         NotImplementedError: the named implementation cannot run here; says why.
         TypeError, ValueError: dtypes or shapes do not fit.
     """
-    x, w, expert_ids = float_array("x", x, 2), mxfp4_array("w", w, 3), integer_array("expert_ids", expert_ids, 1)
-    same_size("T, the number of tokens", {"x": x.shape[0], "expert_ids": expert_ids.shape[0]})
-    same_size("K, the last axis", {"x": x.shape[1], "w": w.shape[2]})
-    name = OP.choose(implementation, x, w, expert_ids).name
-    out: Array = _expert_matmul(name, *vary_alike((x, w, expert_ids)))
+    arrays = _arguments(x, w, expert_ids)
+    out: Array = _expert_matmul(OP.choose(implementation, *arrays).name, *vary_alike(arrays))
     return out
 
 

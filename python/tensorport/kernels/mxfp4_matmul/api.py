@@ -15,8 +15,16 @@ from tensorport.mxfp4.types import MXFP4Array
 
 __all__ = ["OP", "matmul"]
 
+
+def _arguments(x: ArrayLike, w: MXFP4Array) -> tuple[Array, MXFP4Array]:
+    x, w = float_array("x", x), mxfp4_array("w", w, 2)
+    same_size("K, the last axis", {"x": x.shape[-1], "w": w.shape[1]})
+    return x, w
+
+
 OP = Op(
     "mxfp4.matmul",
+    _arguments,
     Implementation("scaled_dot", scaled_dot.matmul, scaled_dot.refuses),
     Implementation("xla", xla.matmul),
 )
@@ -44,9 +52,8 @@ def matmul(
         NotImplementedError: the named implementation cannot run here; says why.
         TypeError, ValueError: dtypes or shapes do not fit.
     """
-    x, w = float_array("x", x), mxfp4_array("w", w, 2)
-    same_size("K, the last axis", {"x": x.shape[-1], "w": w.shape[1]})
-    out: Array = _matmul(OP.choose(implementation, x, w).name, *vary_alike((x, w)))
+    arrays = _arguments(x, w)
+    out: Array = _matmul(OP.choose(implementation, *arrays).name, *vary_alike(arrays))
     return out
 
 

@@ -16,7 +16,30 @@ from tensorport.mxfp4.types import MXFP4Array
 
 __all__ = ["OP", "moe"]
 
-OP = Op("mxfp4.moe", Implementation("xla", xla.moe))
+
+def _arguments(  # noqa: PLR0917 - the order of the contract
+    x: ArrayLike,
+    router_indices: ArrayLike,
+    router_weights: ArrayLike,
+    gate_up: MXFP4Array,
+    gate_up_bias: ArrayLike,
+    down: MXFP4Array,
+    down_bias: ArrayLike,
+) -> "_Inputs":
+    x = float_array("x", x, 2)
+    router_indices = integer_array("router_indices", router_indices, 2)
+    router_weights = float_array("router_weights", router_weights, 2)
+    experts = Experts(
+        mxfp4_array("gate_up", gate_up, 3),
+        float_array("gate_up_bias", gate_up_bias, 2),
+        mxfp4_array("down", down, 3),
+        float_array("down_bias", down_bias, 2),
+    )
+    _check_sizes(x, router_indices, router_weights, experts)
+    return x, router_indices, router_weights, experts
+
+
+OP = Op("mxfp4.moe", _arguments, Implementation("xla", xla.moe))
 
 
 def moe(  # noqa: PLR0917 - the order of the contract
@@ -64,19 +87,9 @@ def moe(  # noqa: PLR0917 - the order of the contract
 
     Source: openai/gpt-oss, gpt_oss/torch/model.py, MLPBlock and swiglu.
     """
-    x = float_array("x", x, 2)
-    router_indices = integer_array("router_indices", router_indices, 2)
-    router_weights = float_array("router_weights", router_weights, 2)
-    experts = Experts(
-        mxfp4_array("gate_up", gate_up, 3),
-        float_array("gate_up_bias", gate_up_bias, 2),
-        mxfp4_array("down", down, 3),
-        float_array("down_bias", down_bias, 2),
-    )
-    _check_sizes(x, router_indices, router_weights, experts)
+    inputs = _arguments(x, router_indices, router_weights, gate_up, gate_up_bias, down, down_bias)
     activation = Activation(float(limit), float(alpha))
-    inputs = x, router_indices, router_weights, experts
-    out: Array = _moe(OP.choose(implementation, *inputs, activation).name, activation, vary_alike(inputs))
+    out: Array = _moe(OP.choose(implementation, *inputs).name, activation, vary_alike(inputs))
     return out
 
 
