@@ -21,6 +21,7 @@ CHECKED_MODULES = [
     "tensorport.kernels.grouping",
     "tensorport.kernels.swiglu",
     "tensorport.kernels.tiles",
+    "tensorport.kernels.varying",
     *(
         f"tensorport.kernels.{op}.{module}"
         for op in ("mxfp4_matmul", "mxfp4_expert_matmul", "mxfp4_moe")

@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Integer, UInt8
 
+from tensorport.convert import _choice
 from tensorport.mxfp4 import _host
 from tensorport.mxfp4.types import MX_BLOCK_BYTES, MX_BLOCK_SIZE, MXFP4Array
 
@@ -173,11 +174,6 @@ def _straight_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, A
 def _has_float64() -> bool:
     """Whether JAX holds float64, or narrows it."""
     return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
-
-
-def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
 def decode(

@@ -1,10 +1,9 @@
 """quantize_model(): chosen layers of a dense NNX model become MXFP4 layers, in place."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 import jax
 from flax import nnx
@@ -13,16 +12,14 @@ from tensorport.errors import MappingError
 from tensorport.kernels.registry import ImplementationName
 from tensorport.mxfp4 import QuantizationError, QuantizationReport, error_between
 from tensorport.mxfp4.codec import ScaleRule
+from tensorport.mxfp4.params import Where, _predicate
 from tensorport.nnx.embed import MXFP4Embed, embed_fault
 from tensorport.nnx.linear import MXFP4Linear, linear_fault
 from tensorport.nnx.mlp import MXFP4MLP
 from tensorport.nnx.moe import MXFP4MoE
 from tensorport.reports import printable
 
-__all__ = ["Where", "quantize_model"]
-
-Where: TypeAlias = str | re.Pattern[str] | Callable[[str, Any], bool]
-"""A regular expression that is searched in dotted paths, or a function of path and layer."""
+__all__ = ["quantize_model"]
 
 _OWN: Final = (MXFP4Embed, MXFP4Linear, MXFP4MLP, MXFP4MoE)
 
@@ -214,15 +211,3 @@ def _fault(entry: _Entry) -> str | None:
 
 def _listed(lines: Iterable[str]) -> str:
     return "".join(f"\n  {printable(line)}" for line in lines)
-
-
-def _predicate(where: Where) -> Callable[[str, Any], bool]:
-    if isinstance(where, str | re.Pattern):
-        try:
-            pattern = re.compile(where)
-        except re.error as fault:
-            raise ValueError(f"where: found the pattern {where!r} ({fault}), expected a regular expression") from fault
-        return lambda path, _: pattern.search(path) is not None
-    if not callable(where):
-        raise TypeError(f"where: found {type(where).__name__}, expected a regular expression or a callable")
-    return where

@@ -1,4 +1,4 @@
-"""How many tokens of one expert, and rows of its matrix, are multiplied at once."""
+"""How many tokens of one expert, and rows of its matrices, are multiplied at once."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ class Config:
     """Settings of the implementation `xla`.
 
     Attributes:
-        block_m: tokens of one expert multiplied at once.
+        block_m: rows of x (tokens, or tokens once for each of their experts) of one expert multiplied at once.
         block_n: rows of its matrices decoded at once.
     """
 
@@ -22,6 +22,6 @@ class Config:
     block_n: int
 
     @classmethod
-    def choose(cls, device: Device, tokens: Size, num_experts: int) -> "Config":
-        """The settings for so many tokens on a device."""
-        return cls(rows_of_chunk(tokens, num_experts), MatmulConfig.choose(device).block_n)
+    def choose(cls, device: Device, rows: Size, num_experts: int) -> "Config":
+        """The settings for so many rows of x on a device."""
+        return cls(rows_of_chunk(rows, num_experts), MatmulConfig.choose(device).block_n)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Integer
 
 from tensorport.kernels.grouping import Chunks, chunk_by_expert
-from tensorport.kernels.mxfp4_moe.configs import Config
+from tensorport.kernels.mxfp4_expert_matmul.configs import Config
 from tensorport.kernels.mxfp4_moe.types import Activation, Experts
 from tensorport.kernels.registry import Device
 from tensorport.kernels.swiglu import clamped_swiglu
