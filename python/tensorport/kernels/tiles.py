@@ -57,7 +57,7 @@ def product(x: Float[Array, "m k"], w: MXFP4Array, index: Index, *, block_n: int
         return jax.lax.dynamic_update_slice(out, tile_product(start), (jnp.zeros_like(start), start))
 
     out: Array = jax.lax.fori_loop(
-        jnp.int32(0), jnp.int32(-(-n // block_n)), step, full_alike((x, w), (m, n), 0, dtype)
+        jnp.int32(0), jnp.int32(-(-n // block_n)), step, full_alike((x, w), (m, n), 0.0, dtype)
     )
     return out
 
@@ -82,7 +82,7 @@ def transposed_product(g: Float[Array, "m n"], w: MXFP4Array, index: Index, *, b
     if block_n == n:
         sums = tile_products(lhs, 0)
     else:
-        sums = [full_alike((g, w), (m, k // 2), 0, dtype)] * 2
+        sums = [full_alike((g, w), (m, k // 2), 0.0, dtype)] * 2
         sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(-(-n // block_n)), step, sums)
     return jnp.stack(sums, axis=-1).reshape(m, k)
 

@@ -22,7 +22,7 @@ def vary_alike(tree: Tree) -> Tree:
     return jax.tree.map(lambda leaf: _cast(leaf, axes), tree) if axes else tree
 
 
-def full_alike(like: Any, shape: tuple[int, ...], value: float, dtype: DTypeLike) -> Array:
+def full_alike(like: Any, shape: tuple[Any, ...], value: float, dtype: DTypeLike) -> Array:
     """A constant array that counts as differing as an array or a tree does."""
     full: Array = _cast(jnp.full(shape, value, dtype), _axes(like))
     return full

@@ -24,7 +24,7 @@ def moe(
 ) -> Float[Array, "t h"]:
     """The outputs of each token's experts, weighted and summed."""
     k, dtype = router_indices.shape[1], accumulator_dtype(x.dtype)
-    out = full_alike((x, router_indices, router_weights, experts), x.shape, 0, dtype)
+    out = full_alike((x, router_indices, router_weights, experts), x.shape, 0.0, dtype)
     if router_indices.size == 0:
         return out.astype(x.dtype)
     config, chunks = _grouped(x, router_indices, experts)
@@ -59,7 +59,7 @@ def moe_gradients(  # noqa: PLR0917 - the arguments of moe in their order
     k, dtype = router_indices.shape[1], accumulator_dtype(x.dtype)
     weights = router_weights.reshape(-1).astype(dtype)
     shapes = (x.shape, weights.shape, experts.gate_up_bias.shape, experts.down_bias.shape)
-    sums = tuple(full_alike((g, x, router_indices, router_weights, experts), shape, 0, dtype) for shape in shapes)
+    sums = tuple(full_alike((g, x, router_indices, router_weights, experts), shape, 0.0, dtype) for shape in shapes)
     config, chunks = _grouped(x, router_indices, experts)
 
     def step(number: Int32[Array, ""], sums: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
