@@ -232,7 +232,9 @@ fn quantized_tensors(
     for (index, tensor) in planned {
         let source = &candidates[index];
         let globs = quantization.globs.matches(source.name);
-        globs.iter().for_each(|&glob| is_used[glob] = true);
+        for &glob in &globs {
+            is_used[glob] = true;
+        }
         let is_chosen = !globs.is_empty();
         matching += usize::from(is_chosen);
         if !is_chosen || !is_float_matrix(source.dtype, source.shape) {
