@@ -50,6 +50,14 @@ class Buffer:
         return tuple(stop - start for start, stop in self.region)
 
     @property
+    def tensor_region(self) -> Region:
+        """The region as one of the tensor, of which the array may be a part."""
+        if not self.source.first_row:
+            return self.region
+        (start, stop), *rest = self.region
+        return ((start + self.source.first_row, stop + self.source.first_row), *rest)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the region in host memory."""
         return math.prod(self.shape) * self.source.dtype.itemsize
@@ -101,7 +109,7 @@ class Reader:
                 batch.append([])
                 requests.append((list(buffer.source.names), buffer.source.conversion, []))
             batch[-1].append(buffer)
-            requests[-1][2].append(list(buffer.region))
+            requests[-1][2].append(list(buffer.tensor_region))
         if requests:
             results, bytes_read = self.checkpoint._core.read(
                 requests, on_overflow=self.on_overflow, workers=self.workers, memory=self._memory, callback=callback
@@ -142,7 +150,7 @@ class _Place:
 
 def _place(checkpoint: Checkpoint, buffer: Buffer) -> _Place | None:
     """The one place of a region in the files; None if it is not in one piece, or empty."""
-    stretch = _stretch(buffer.source.shape, buffer.region)
+    stretch = _stretch(buffer.source.shape, buffer.tensor_region)
     if stretch is None or len(buffer.source.names) != 1:
         return None
     itemsize = checkpoint.specs[buffer.source.names[0]].dtype.itemsize
@@ -156,7 +164,10 @@ def _place(checkpoint: Checkpoint, buffer: Buffer) -> _Place | None:
 
 
 def _stretch(shape: tuple[int, ...], region: Region) -> tuple[int, int] | None:
-    """First and last element of a region in row-major order, if it is one stretch; None if not, or if it is empty."""
+    """First and last element of a region in row-major order, if it is one stretch; None if not, or if it is empty.
+
+    The size of the first axis does not matter.
+    """
     elements = math.prod(stop - start for start, stop in region)
     if not elements:
         return None

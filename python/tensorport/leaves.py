@@ -17,7 +17,7 @@ from tensorport.errors import CheckpointError, MappingError
 from tensorport.mxfp4.types import MX_BLOCK_SIZE, MXFP4Array
 from tensorport.reports import printable
 
-__all__ = ["ArraySource", "Leaf", "Rename", "find_leaves", "renamed"]
+__all__ = ["ArraySource", "Leaf", "Rename", "find_leaves", "renamed", "split"]
 
 _CASTABLE: Final = frozenset({"float64", "float32", "float16", "bfloat16"})
 """Dtypes that `dtype` casts, as `precision` of convert() does."""
@@ -38,12 +38,14 @@ class ArraySource:
         conversion: what happens on the way, in the extension module's words.
         shape: shape of the array.
         dtype: dtype of the array.
+        first_row: where the array begins along the first axis of the tensor, if it is a part of one.
     """
 
     names: tuple[str, ...]
     conversion: str
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    first_row: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -199,6 +201,35 @@ def renamed(leaves: list[Leaf], rename: Rename | None) -> list[Leaf]:
         told = printable("; ".join(met))
         raise MappingError(f"rename: found one name for several tensors: {told}, expected a name for each")
     return [dataclasses.replace(leaf, name=name) for leaf, name in zip(leaves, new_names, strict=True)]
+
+
+def split(leaves: list[Leaf], parts: Mapping[str, Mapping[str, int]]) -> list[Leaf]:
+    """The leaves, and in place of those that `parts` names their parts along the first axis.
+
+    Args:
+        leaves: what is to be loaded.
+        parts: for a leaf the names of its parts and their rows, in the order in which they stand in it.
+
+    Raises:
+        MappingError: the rows are more or fewer than the leaf has.
+    """
+    result = []
+    for leaf in leaves:
+        if leaf.name not in parts:
+            result.append(leaf)
+            continue
+        rows, first_row = parts[leaf.name], 0
+        if leaf.shape[:1] != (sum(rows.values()),):
+            told = " + ".join(map(str, rows.values()))
+            raise MappingError(f"{leaf.name}: found {list(leaf.shape)}, expected {told} rows for {', '.join(rows)}")
+        for name, count in rows.items():
+            result.append(Leaf(name, tuple(_rows(array, first_row, count) for array in leaf.arrays)))
+            first_row += count
+    return result
+
+
+def _rows(array: ArraySource, first_row: int, count: int) -> ArraySource:
+    return dataclasses.replace(array, shape=(count, *array.shape[1:]), first_row=array.first_row + first_row)
 
 
 def _renamer(rename: Rename, names: set[str]) -> Callable[[str], str]:

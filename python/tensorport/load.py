@@ -5,7 +5,8 @@ import dataclasses
 import os
 import time
 import warnings as python_warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, overload
 
 try:
@@ -19,14 +20,14 @@ from jax.typing import DTypeLike
 from tensorport.buffers import Buffer, Reader, make_buffers
 from tensorport.checkpoint import Checkpoint
 from tensorport.convert import _choice, _globs, _positive
-from tensorport.leaves import ArraySource, Leaf, Rename, find_leaves, renamed
+from tensorport.leaves import ArraySource, Leaf, Rename, find_leaves, renamed, split
 from tensorport.progress import Progress, observe
 from tensorport.reports import LoadReport, printable
 from tensorport.sharding import ShardingLike, device_regions, place
 from tensorport.streaming import stream
 from tensorport.trees import Target, nested_dict, refuse_prefixes
 
-__all__ = ["load_params", "load_params_shapes"]
+__all__ = ["load_params", "load_params_shapes", "load_split_params"]
 
 _Callback = Callable[..., None]
 
@@ -142,17 +143,55 @@ def load_params(
     started = time.perf_counter()
     workers = _checked_options(on_overflow, workers, io)
     plan = _plan(source, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested)
+    params, report = _run(plan, started, on_overflow, workers, io, progress)
+    return (params, report) if return_report else params
+
+
+def load_split_params(
+    source: str | os.PathLike[str],
+    target: Any,
+    *,
+    parts: Mapping[str, Mapping[str, int]],
+    dtype: DTypeLike,
+    sharding: ShardingLike | None = None,
+    mesh: Mesh | None = None,
+    rename: Rename | None = None,
+    workers: int | None = None,
+    progress: Progress = False,
+) -> tuple[Any, LoadReport]:
+    """As :func:`load_params`, for models that name parts of tensors: what is stored as one may be several arrays.
+
+    Args:
+        source: what :func:`tensorport.open` opens.
+        target: see :func:`load_params`.
+        parts: for a tensor the names of its parts along the first axis and their rows, in their order; before `rename`.
+        dtype: see :func:`load_params`.
+        sharding: see :func:`load_params`.
+        mesh: see :func:`load_params`.
+        rename: see :func:`load_params`.
+        workers: see :func:`load_params`.
+        progress: see :func:`load_params`.
+    """
+    started = time.perf_counter()
+    workers = _checked_options("error", workers, "auto")
+    plan = _plan(source, dtype, "keep", sharding, mesh, None, None, rename, target, True, parts)
+    return _run(plan, started, "error", workers, "auto", progress)
+
+
+def _run(  # noqa: PLR0917 - what load_params hands on
+    plan: "_Plan", started: float, on_overflow: str, workers: int | None, io: str, progress: Progress
+) -> tuple[Any, LoadReport]:
+    """Loads what is planned; warnings are those of the caller's caller."""
     for warning in plan.warnings:
-        python_warnings.warn(warning, stacklevel=2)
+        python_warnings.warn(warning, stacklevel=3)
     reader = Reader(plan.checkpoint, on_overflow, workers)
     with observe(progress) as callback:
         values, report = _Loading(plan, reader, io).run(callback)
     for name, count in reader.overflow.items():
         python_warnings.warn(
-            f"{printable(name)}: {count} values overflowed (on_overflow={on_overflow!r})", stacklevel=2
+            f"{printable(name)}: {count} values overflowed (on_overflow={on_overflow!r})", stacklevel=3
         )
-    params = plan.assemble(values)
-    return (params, dataclasses.replace(report, seconds=time.perf_counter() - started)) if return_report else params
+    return plan.assemble(values), dataclasses.replace(report, seconds=time.perf_counter() - started)
 
 
 def load_params_shapes(
@@ -225,6 +264,7 @@ def _plan(  # noqa: PLR0917 - what load_params and load_params_shapes hand on, i
     rename: Rename | None,
     target: Any,
     nested: bool,
+    parts: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
 ) -> _Plan:
     wanted_dtype = None if dtype is None else np.dtype(dtype)
     if wanted_dtype is not None and wanted_dtype.name not in ("float16", "bfloat16", "float32"):
@@ -240,7 +280,7 @@ def _plan(  # noqa: PLR0917 - what load_params and load_params_shapes hand on, i
         include=_globs("include", include),
         exclude=_globs("exclude", exclude),
     )
-    leaves = renamed(leaves, rename)
+    leaves = renamed(split(leaves, parts), rename)
     filled = None if target is None else Target(target)
     if filled is not None:
         filled.check(leaves)

@@ -24,7 +24,7 @@ CHECKED_MODULES = [
     "tensorport.kernels.varying",
     *(
         f"tensorport.kernels.{op}.{module}"
-        for op in ("mxfp4_matmul", "mxfp4_expert_matmul", "mxfp4_moe")
+        for op in ("attention", "linear", "mxfp4_matmul", "mxfp4_expert_matmul", "mxfp4_moe")
         for module in ("reference", "xla", "scaled_dot", "types", "configs")
     ),
 ]

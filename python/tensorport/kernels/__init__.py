@@ -11,8 +11,11 @@ try:
 except ImportError as fault:
     raise ImportError("tensorport.kernels needs JAX: pip install 'tensorport[jax]'") from fault
 
-# First: ops are made of its types, and it exports the ops.
-import tensorport.mxfp4  # noqa: F401
+# First: ops are made of its types, and it exports the ops on MXFP4.
+import tensorport.mxfp4  # isort: skip
+import tensorport.kernels.attention.api
+import tensorport.kernels.dense_moe.api
+import tensorport.kernels.linear.api  # noqa: F401
 from tensorport.kernels.registry import Device, Explanation, ImplementationName, explain
 
 __all__ = ["Device", "Explanation", "ImplementationName", "explain"]

@@ -155,16 +155,17 @@ def explain(op: str | Callable[..., Any], *args: Any, implementation: Implementa
     >>> tensorport.kernels.explain(mxfp4.matmul, x, w)
 
     Args:
-        op: a function of :mod:`tensorport.mxfp4` that takes `implementation`, or its name.
+        op: a function that takes `implementation`, of :mod:`tensorport.mxfp4` or :mod:`tensorport.kernels`, or its
+            name.
         args: its arrays, in its order; ShapeDtypeStructs do as well.
         implementation: what the op would be asked for.
 
     Raises:
         TypeError, ValueError: no such op, no such implementation, or arrays that the op would refuse.
     """
-    import tensorport.mxfp4  # noqa: F401, PLC0415 - which registers its ops
+    import tensorport.kernels  # noqa: F401, PLC0415 - which registers all ops
 
-    name = op if isinstance(op, str) else f"mxfp4.{getattr(op, '__name__', op)}"
+    name = op if isinstance(op, str) else getattr(op, "__name__", str(op))
     found = OPS.get(name) or OPS.get(f"mxfp4.{name}")
     if found is None:
         raise ValueError(f"op: found {name!r}, expected one of {', '.join(map(repr, OPS))}")

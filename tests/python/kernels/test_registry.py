@@ -108,7 +108,7 @@ def test_arrays_that_the_op_would_refuse_are_refused() -> None:
 
 
 def test_an_unknown_op_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"op: found 'mxfp4\.sum', expected one of 'mxfp4"):
+    with pytest.raises(ValueError, match=r"op: found 'mxfp4\.sum', expected one of '"):
         kernels.explain("mxfp4.sum")
     with pytest.raises(ValueError, match="op: found"):
         kernels.explain(np.sum)

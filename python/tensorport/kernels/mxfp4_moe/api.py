@@ -9,12 +9,12 @@ from jaxtyping import Array, BFloat16, Float, Integer
 from tensorport.kernels.arguments import float_array, integer_array, mxfp4_array, same_size
 from tensorport.kernels.frozen import no_gradient
 from tensorport.kernels.mxfp4_moe import xla
-from tensorport.kernels.mxfp4_moe.types import Activation, Experts
+from tensorport.kernels.mxfp4_moe.types import Activation, DenseExperts, Experts
 from tensorport.kernels.registry import Implementation, ImplementationName, Op
 from tensorport.kernels.varying import vary_alike
 from tensorport.mxfp4.types import MXFP4Array
 
-__all__ = ["OP", "moe"]
+__all__ = ["OP", "check_sizes", "moe"]
 
 
 def _arguments(  # noqa: PLR0917 - the order of the contract
@@ -35,7 +35,7 @@ def _arguments(  # noqa: PLR0917 - the order of the contract
         mxfp4_array("down", down, 3),
         float_array("down_bias", down_bias, 2),
     )
-    _check_sizes(x, router_indices, router_weights, experts)
+    check_sizes(x, router_indices, router_weights, experts)
     return x, router_indices, router_weights, experts
 
 
@@ -93,7 +93,8 @@ def moe(  # noqa: PLR0917 - the order of the contract
     return out
 
 
-def _check_sizes(x: Array, router_indices: Array, router_weights: Array, experts: Experts) -> None:
+def check_sizes(x: Array, router_indices: Array, router_weights: Array, experts: Experts | DenseExperts) -> None:
+    """Refuses arrays whose axes do not fit each other."""
     (tokens, hidden), (num_experts, width, k) = x.shape, experts.gate_up.shape
     if not num_experts:
         raise ValueError("gate_up: found no experts, expected at least one")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from tensorport.kernels.mxfp4_moe.types import Activation, Experts
+from tensorport.kernels.mxfp4_moe.types import ELSEWHERE, Activation, Experts
 from tensorport.kernels.swiglu import clamped_swiglu
 from tensorport.kernels.tiles import accumulator_dtype
 from tensorport.mxfp4.codec import decode
@@ -33,5 +33,5 @@ def moe(
     y = jnp.einsum("tei,ehi->teh", a, down, precision=highest) + experts.down_bias[None].astype(dtype)
     is_valid = (router_indices >= 0) & (router_indices < num_experts)
     picked = jnp.take_along_axis(y, jnp.where(is_valid, router_indices, 0)[:, :, None], axis=1)
-    picked = jnp.where(is_valid[:, :, None], picked, jnp.nan)
+    picked = jnp.where(is_valid[:, :, None], picked, jnp.where(router_indices == ELSEWHERE, 0.0, jnp.nan)[:, :, None])
     return jnp.einsum("tkh,tk->th", picked, router_weights.astype(dtype), precision=highest).astype(x.dtype)

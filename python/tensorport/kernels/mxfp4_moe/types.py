@@ -1,12 +1,15 @@
 """What a mixture of experts is made of."""
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from jaxtyping import Array, Float
 
 from tensorport.mxfp4.types import MXFP4Array
 
-__all__ = ["Activation", "Experts"]
+__all__ = ["ELSEWHERE", "Activation", "DenseExperts", "Experts"]
+
+ELSEWHERE: Final = -(2**30)
+"""An index for an expert that another device has, or for none: the pair adds nothing here."""
 
 
 class Experts(NamedTuple):
@@ -22,6 +25,15 @@ class Experts(NamedTuple):
     gate_up: MXFP4Array
     gate_up_bias: Float[Array, "e i2"]
     down: MXFP4Array
+    down_bias: Float[Array, "e h"]
+
+
+class DenseExperts(NamedTuple):
+    """As :class:`Experts`, with matrices that are not MXFP4: the same loop multiplies them."""
+
+    gate_up: Float[Array, "e i2 h"]
+    gate_up_bias: Float[Array, "e i2"]
+    down: Float[Array, "e h i"]
     down_bias: Float[Array, "e h"]
 
 

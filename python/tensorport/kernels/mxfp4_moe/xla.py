@@ -5,12 +5,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, Integer
 
 from tensorport.kernels.grouping import Chunks, chunk_by_expert
+from tensorport.kernels.linear.xla import linear
 from tensorport.kernels.mxfp4_expert_matmul.configs import Config
-from tensorport.kernels.mxfp4_moe.types import Activation, Experts
+from tensorport.kernels.mxfp4_moe.types import ELSEWHERE, Activation, DenseExperts, Experts
 from tensorport.kernels.registry import Device
 from tensorport.kernels.swiglu import clamped_swiglu
 from tensorport.kernels.tiles import accumulator_dtype, product, transposed_product
 from tensorport.kernels.varying import full_alike
+from tensorport.mxfp4.types import MXFP4Array
 
 __all__ = ["moe", "moe_gradients"]
 
@@ -19,7 +21,7 @@ def moe(
     x: Float[Array, "t h"],
     router_indices: Integer[Array, "t k"],
     router_weights: Float[Array, "t k"],
-    experts: Experts,
+    experts: Experts | DenseExperts,
     activation: Activation,
 ) -> Float[Array, "t h"]:
     """The outputs of each token's experts, weighted and summed."""
@@ -33,15 +35,25 @@ def moe(
     def step(number: Int32[Array, ""], out: Float[Array, "t h"]) -> Float[Array, "t h"]:
         pair, is_there = chunks.rows(number, config.block_m)
         expert, token = chunks.expert[number], pair // k
-        h = product(x[token], experts.gate_up, expert, block_n=config.block_n)
+        h = multiply(x[token], experts.gate_up, expert, block_n=config.block_n)
         h += experts.gate_up_bias[expert, None].astype(dtype)
         a = clamped_swiglu(h, limit=activation.limit, alpha=activation.alpha)
-        y = product(a, experts.down, expert, block_n=config.block_n) + experts.down_bias[expert, None].astype(dtype)
+        y = multiply(a, experts.down, expert, block_n=config.block_n) + experts.down_bias[expert, None].astype(dtype)
         return out.at[token].add(jnp.where(is_there[:, None], y * weights[pair][:, None], 0))
 
     out = jax.lax.fori_loop(jnp.int32(0), chunks.total, step, out)
-    is_valid = jnp.all(chunks.is_valid.reshape(router_indices.shape), axis=1)
+    is_valid = jnp.all(chunks.is_valid.reshape(router_indices.shape) | (router_indices == ELSEWHERE), axis=1)
     return jnp.where(is_valid[:, None], out, jnp.nan).astype(x.dtype)
+
+
+def multiply(
+    x: Float[Array, "m k"], w: MXFP4Array | Float[Array, "e n k"], index: Int32[Array, ""], *, block_n: int
+) -> Float[Array, "m n"]:
+    """X . w[index] transposed, in the accumulator's dtype."""
+    if isinstance(w, MXFP4Array):
+        return product(x, w, index, block_n=block_n)
+    matrix = jax.lax.dynamic_index_in_dim(w, index, keepdims=False)
+    return linear(x, matrix, None, accumulator_dtype(x.dtype))
 
 
 def moe_gradients(  # noqa: PLR0917 - the arguments of moe in their order
@@ -94,7 +106,9 @@ def moe_gradients(  # noqa: PLR0917 - the arguments of moe in their order
     )
 
 
-def _grouped(x: Float[Array, "t h"], router_indices: Integer[Array, "t k"], experts: Experts) -> tuple[Config, Chunks]:
+def _grouped(
+    x: Float[Array, "t h"], router_indices: Integer[Array, "t k"], experts: Experts | DenseExperts
+) -> tuple[Config, Chunks]:
     """Pairs by expert: pair number t * k + i is the i-th choice of token t."""
     config = Config.choose(Device.of(x, experts), router_indices.size, experts.gate_up.shape[0])
     return config, chunk_by_expert(router_indices.reshape(-1), experts.gate_up.shape[0], config.block_m)

@@ -1,0 +1,1 @@
+"""Grouped-query attention with sinks and a sliding window, over caches or without."""

@@ -1,0 +1,1 @@
+"""The mixture of experts of gpt-oss with dense matrices."""

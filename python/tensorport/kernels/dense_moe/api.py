@@ -1,0 +1,62 @@
+"""dense_moe: the mixture of experts with matrices that are not MXFP4, as dequantized checkpoints have them."""
+
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Integer
+
+from tensorport.kernels.arguments import float_array, integer_array
+from tensorport.kernels.mxfp4_moe import xla
+from tensorport.kernels.mxfp4_moe.api import check_sizes
+from tensorport.kernels.mxfp4_moe.types import Activation, DenseExperts
+from tensorport.kernels.registry import Implementation, ImplementationName, Op
+
+__all__ = ["OP", "dense_moe"]
+
+
+def _arguments(  # noqa: PLR0917 - the order of mxfp4.moe
+    x: ArrayLike,
+    router_indices: ArrayLike,
+    router_weights: ArrayLike,
+    gate_up: ArrayLike,
+    gate_up_bias: ArrayLike,
+    down: ArrayLike,
+    down_bias: ArrayLike,
+) -> tuple[Array, Array, Array, DenseExperts]:
+    x = float_array("x", x, 2)
+    router_indices = integer_array("router_indices", router_indices, 2)
+    router_weights = float_array("router_weights", router_weights, 2)
+    experts = DenseExperts(
+        float_array("gate_up", gate_up, 3),
+        float_array("gate_up_bias", gate_up_bias, 2),
+        float_array("down", down, 3),
+        float_array("down_bias", down_bias, 2),
+    )
+    check_sizes(x, router_indices, router_weights, experts)
+    return x, router_indices, router_weights, experts
+
+
+OP = Op("dense_moe", _arguments, Implementation("xla", xla.moe))
+
+
+def dense_moe(  # noqa: PLR0917 - the order of mxfp4.moe
+    x: Float[ArrayLike, "t h"],
+    router_indices: Integer[ArrayLike, "t k"],
+    router_weights: Float[ArrayLike, "t k"],
+    gate_up: Float[ArrayLike, "e i2 h"],
+    gate_up_bias: Float[ArrayLike, "e i2"],
+    down: Float[ArrayLike, "e h i"],
+    down_bias: Float[ArrayLike, "e h"],
+    *,
+    limit: float = 7.0,
+    alpha: float = 1.702,
+    implementation: ImplementationName = "auto",
+) -> Float[Array, "t h"]:
+    """As :func:`tensorport.mxfp4.moe`, with dense matrices. Not differentiable in reverse mode.
+
+    Only the experts that have tokens are touched.
+
+    Raises:
+        NotImplementedError: the named implementation cannot run here; says why.
+        TypeError, ValueError: dtypes or shapes do not fit.
+    """
+    inputs = _arguments(x, router_indices, router_weights, gate_up, gate_up_bias, down, down_bias)
+    return OP.choose(implementation, *inputs).run(*inputs, Activation(float(limit), float(alpha)))

@@ -1,0 +1,1 @@
+"""Products with dense matrices as checkpoints store them: [out, in]."""

@@ -1,0 +1,108 @@
+"""Keys and values of the tokens so far: all of them in full layers, the last ones in sliding layers."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from tensorport.models.gpt_oss.config import Config
+
+__all__ = ["Cache", "LayerCache", "empty_cache"]
+
+
+class LayerCache(NamedTuple):
+    """One layer's keys and values in slots: the token at position p is in slot p modulo the number of slots.
+
+    A full layer has a slot for every position, a sliding one a ring of `sliding_window` slots.
+
+    Attributes:
+        keys: [B, slots, G, D], rotated.
+        values: [B, slots, G, D].
+    """
+
+    keys: Float[Array, "b slots g d"]
+    values: Float[Array, "b slots g d"]
+
+    def positions(self, lengths: Int32[Array, " b"]) -> Int32[Array, "b slots"]:
+        """The position in each slot when a row has so many tokens; -1 where there is none yet."""
+        slots = self.keys.shape[1]
+        last = lengths[:, None] - 1
+        position = last - (last - jnp.arange(slots, dtype=jnp.int32)[None]) % slots
+        # Beyond the buffer of a full layer nothing is right any more; the model says so.
+        return jnp.where(position >= 0, position, -1)
+
+    def write(
+        self,
+        keys: Float[Array, "b t g d"],
+        values: Float[Array, "b t g d"],
+        positions: Int32[Array, "b t"],
+        lengths: Int32[Array, " b"],
+    ) -> "LayerCache":
+        """With the tokens at `positions`; of those that meet in one slot the last, of those at -1 none.
+
+        Args:
+            keys: of the tokens.
+            values: of the tokens.
+            positions: of the tokens.
+            lengths: of the rows, these tokens included.
+        """
+        slots = self.keys.shape[1]
+        stays = (positions >= 0) & (positions >= lengths[:, None] - slots)
+        slot = jnp.where(stays, positions % slots, slots)
+        row = jnp.arange(keys.shape[0], dtype=jnp.int32)[:, None]
+
+        def written(cache: Array, new: Array) -> Array:
+            return cache.at[row, slot].set(new.astype(cache.dtype), mode="drop")
+
+        return LayerCache(written(self.keys, keys), written(self.values, values))
+
+
+class Cache(NamedTuple):
+    """The cache of all layers.
+
+    Attributes:
+        layers: one for each layer.
+        lengths: [B] tokens in each row. A smaller number forgets the last ones, but for what a ring has overwritten.
+    """
+
+    layers: tuple[LayerCache, ...]
+    lengths: Int32[Array, " b"]
+
+    def max_length(self, config: Config) -> int | None:
+        """Positions that full layers have slots for; None if there is no such layer."""
+        slots = [
+            layer.keys.shape[1]
+            for layer, kind in zip(self.layers, config.layer_types, strict=True)
+            if kind == "full_attention"
+        ]
+        return min(slots, default=None)
+
+
+def empty_cache(
+    config: Config,
+    batch: int,
+    max_length: int,
+    *,
+    dtype: DTypeLike = jnp.bfloat16,
+    sharding: jax.sharding.NamedSharding | None = None,
+) -> Cache:
+    """A cache without tokens; 2 B G D slots elements for each layer.
+
+    Args:
+        config: of the model.
+        batch: rows, B.
+        max_length: positions that a row may have.
+        dtype: of keys and values; the model's.
+        sharding: of [B, slots, G, D].
+    """
+    if batch < 1 or max_length < 1:
+        raise ValueError(f"empty_cache: found batch {batch} and max_length {max_length}, expected at least 1 of each")
+
+    def zeros(slots: int) -> Array:
+        shape = (batch, slots, config.num_key_value_heads, config.head_dim)
+        return jnp.zeros(shape, dtype, device=sharding)
+
+    slots = [config.sliding_window if kind == "sliding_attention" else max_length for kind in config.layer_types]
+    return Cache(tuple(LayerCache(zeros(count), zeros(count)) for count in slots), jnp.zeros(batch, jnp.int32))

@@ -1,0 +1,61 @@
+"""Parameters of a gpt-oss from a checkpoint in either layout, or a converted tree of it."""
+
+import os
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from tensorport.checkpoint import Checkpoint
+from tensorport.load import load_split_params
+from tensorport.models.gpt_oss.config import Config
+from tensorport.models.gpt_oss.names import original_names, original_parts, parameter_shapes
+from tensorport.models.gpt_oss.sharding import check_mesh
+from tensorport.progress import Progress
+from tensorport.reports import LoadReport
+from tensorport.sharding import ShardingLike
+
+__all__ = ["load_model_params"]
+
+
+def load_model_params(
+    source: str | os.PathLike[str],
+    config: Config,
+    *,
+    dtype: DTypeLike,
+    sharding: ShardingLike | None = None,
+    mesh: Mesh | None = None,
+    workers: int | None = None,
+    progress: Progress = False,
+) -> tuple[dict[str, Any], LoadReport]:
+    """Nested dicts under the names of Hugging Face, whatever the layout; and what reading them took.
+
+    Every tensor of the checkpoint is used once. Experts are MXFP4Arrays if the checkpoint has codes, and dense arrays
+    if it was dequantized.
+
+    Raises:
+        CheckpointError: the bytes of the source are wrong.
+        MappingError: names, shapes, dtypes or shardings do not fit the configuration; says all that do not.
+        ValueError: a dtype that is neither bfloat16 nor float32.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype.name not in ("bfloat16", "float32"):
+        # Activations of gpt-oss pass the largest float16.
+        raise ValueError(f"dtype: found {dtype.name}, expected bfloat16 or float32")
+    if mesh is not None:
+        check_mesh(config, mesh)
+    names = Checkpoint(source).specs
+    is_original = any(name.startswith("block.") for name in names)
+    has_codes = any(name.endswith(("_blocks", ".blocks")) for name in names)
+    return load_split_params(
+        source,
+        parameter_shapes(config, dtype, dense_experts=not has_codes),
+        parts=original_parts(config) if is_original else {},
+        rename=original_names if is_original else None,
+        dtype=dtype,
+        sharding=sharding,
+        mesh=mesh,
+        workers=workers,
+        progress=progress,
+    )
