@@ -28,6 +28,7 @@ use crate::options::Options;
 use crate::ordered_map::OrderedMap;
 use crate::progress::Event;
 use crate::select::Selection;
+use crate::simd::Level;
 use crate::synthetic;
 use crate::work::Resources;
 use array::Bytes;
@@ -268,6 +269,12 @@ fn mxfp4_encode<'py>(
     Ok((array::array(py, Bytes::Memory(encoded.blocks))?, array::array(py, Bytes::Memory(encoded.scales))?))
 }
 
+/// The widest vector instructions of this processor that the kernels know.
+#[pyfunction]
+fn simd_level() -> String {
+    Level::best().to_string()
+}
+
 /// Runs the command line. Returns the exit status.
 #[pyfunction]
 fn run_cli(py: Python<'_>, args: Vec<OsString>) -> u8 {
@@ -358,6 +365,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(convert, module)?)?;
     module.add_function(wrap_pyfunction!(verify, module)?)?;
     module.add_function(wrap_pyfunction!(synthesize, module)?)?;
+    module.add_function(wrap_pyfunction!(simd_level, module)?)?;
     module.add_function(wrap_pyfunction!(mxfp4_decode, module)?)?;
     module.add_function(wrap_pyfunction!(mxfp4_encode, module)?)?;
     module.add_function(wrap_pyfunction!(run_cli, module)?)
