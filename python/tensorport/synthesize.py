@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 from tensorport import _core
 from tensorport.errors import ConversionError
 from tensorport.progress import Progress, observe
+from tensorport.synthetic_tokenizer import default_ids, special_ids, text_files
 
 __all__ = ["LAYOUTS", "PRESETS", "synthesize"]
 
@@ -27,8 +28,7 @@ _GPT_OSS_20B: dict[str, Any] = {
     "model_type": "gpt_oss",
     "attention_bias": True,
     "attention_dropout": 0.0,
-    "eos_token_id": 200002,
-    "pad_token_id": 199999,
+    **default_ids(201088),
     "head_dim": 64,
     "hidden_act": "silu",
     "hidden_size": 2880,
@@ -63,8 +63,6 @@ _GPT_OSS_20B: dict[str, Any] = {
 
 PRESETS: Final[dict[str, dict[str, Any]]] = {
     "tiny": {
-        "eos_token_id": 518,
-        "pad_token_id": 517,
         "head_dim": 32,
         "hidden_size": 96,
         "intermediate_size": 160,
@@ -77,8 +75,6 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
         "vocab_size": 519,
     },
     "demo": {
-        "eos_token_id": 15999,
-        "pad_token_id": 15998,
         "head_dim": 64,
         "hidden_size": 768,
         "intermediate_size": 544,
@@ -133,10 +129,16 @@ def synthesize(
     progress: Progress = True,
     **config_overrides: Any,
 ) -> Path:
-    """Writes a random gpt-oss checkpoint: safetensors files, config.json and, if sharded, an index.
+    """Writes a random gpt-oss checkpoint: safetensors files, config.json, an index if sharded, and a tokenizer.
 
     Values are normal, with deviations that keep activations finite and routing spread through all layers; experts are
     MXFP4. One seed is one model: both layouts of it hold the same weights, and the number of workers changes nothing.
+
+    The tokenizer is a small one of common English words, in the form that the library `tokenizers` reads, with the
+    special tokens of the harmony format: at gpt-oss's ids in vocabularies of its size, else at the last ones.
+    `<|return|>` and `<|endoftext|>` are config.json's `eos_token_id` and `pad_token_id`, which follow `vocab_size`
+    where they are not given. A vocabulary without room for 256 bytes and the special tokens, or ids outside of it, get
+    no tokenizer. In both layouts, though the published `original/` has none: so that all can be tried.
 
     Args:
         output: the folder to write; a new or an empty one.
@@ -175,10 +177,11 @@ def synthesize(
     if any(folder.iterdir()):
         raise ConversionError(f"{folder}: found files in it, expected a new or an empty folder")
     spec = {name: {tensor.name: tensor.spec() for tensor in content} for name, content in files.items()}
-    if layout == "huggingface":
-        beside = {"config.json": config, "generation_config.json": _generation_config(config)}
-    else:
-        beside = {"config.json": _original_config(config)}
+    beside = {
+        "config.json": config if layout == "huggingface" else _original_config(config),
+        "generation_config.json": _generation_config(config),
+        **text_files(config),
+    }
     if len(files) > 1:
         beside["model.safetensors.index.json"] = {
             "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
@@ -187,7 +190,7 @@ def synthesize(
     try:
         # The index first: without it, some of the files would pass for a whole checkpoint.
         for name, content in beside.items():
-            _write_json(folder / name, content)
+            _write(folder / name, content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
         with observe(progress) as callback:
             _core.synthesize(folder, json.dumps(spec), seed, workers=workers, callback=callback)
     except BaseException:
@@ -208,6 +211,10 @@ def _config(preset: str, overrides: dict[str, Any]) -> dict[str, Any]:
     if "experts_per_token" in overrides:
         config["num_experts_per_tok"] = overrides["experts_per_token"]
     config.update(overrides)
+    if type(config["vocab_size"]) is int:
+        config |= default_ids(config["vocab_size"]) | {
+            field: overrides[field] for field in ("eos_token_id", "pad_token_id") if field in overrides
+        }
     config["experts_per_token"] = config["num_experts_per_tok"]
     for field, default in _GPT_OSS_20B.items():
         value, least = config[field], 0 if field.endswith("token_id") else 1
@@ -251,8 +258,16 @@ def _config(preset: str, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generation_config(config: dict[str, Any]) -> dict[str, Any]:
-    eos, pad = config["eos_token_id"], config["pad_token_id"]
-    return {"do_sample": True, "eos_token_id": [eos, pad], "pad_token_id": pad}
+    """What ends a text: an answer, a document and, with harmony's special tokens, a call of a tool."""
+    eos, pad, ids = config["eos_token_id"], config["pad_token_id"], special_ids(config)
+    if ids is None:
+        return {"do_sample": True, "eos_token_id": [eos, pad], "pad_token_id": pad}
+    return {
+        "bos_token_id": ids["<|startoftext|>"],
+        "do_sample": True,
+        "eos_token_id": [ids["<|return|>"], ids["<|endoftext|>"], ids["<|call|>"]],
+        "pad_token_id": pad,
+    }
 
 
 def _original_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -380,9 +395,9 @@ def _shard(tensors: list[_Tensor]) -> dict[str, list[_Tensor]]:
     return {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards)}
 
 
-def _write_json(path: Path, value: object) -> None:
+def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
+        path.write_text(text, encoding="utf-8", newline="\n")
     except OSError as fault:
         # Opening a file says which one; writing does not.
         fault.filename = str(path)
