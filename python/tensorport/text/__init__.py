@@ -1,0 +1,1 @@
+"""Text in and out of any model: tokens, their sampling and the loop that makes them."""
