@@ -7,12 +7,25 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Float32, Int32, Key
 from numpy.typing import NDArray
 
 from tensorport.text.sampling import Sampling, sample, token_keys
 
-__all__ = ["MAX_TOKENS_PER_DISPATCH", "Decoder", "Made", "Settings", "first_token", "more_tokens", "prefill"]
+__all__ = [
+    "MAX_TOKENS_PER_DISPATCH",
+    "Decoder",
+    "Made",
+    "Placement",
+    "Settings",
+    "first_token",
+    "more_tokens",
+    "new_cache",
+    "placement",
+    "prefill",
+]
 
 MAX_TOKENS_PER_DISPATCH = 64
 """Size of the buffer that one call of `more_tokens` fills."""
@@ -42,8 +55,36 @@ class Decoder(Protocol):
         ...
 
     def empty_cache(self, params: Any, batch: int, max_length: int) -> Any:
-        """Room for `max_length` tokens of each row: any pytree of distinct arrays, which the loop donates."""
+        """Room for `max_length` tokens of each row: any pytree of distinct arrays, which the loop donates.
+
+        Where they are placed they stay: arrays committed to devices or to a mesh keep their shardings through all
+        calls, others go where the weights are.
+        """
         ...
+
+
+Placement = tuple[NamedSharding | None, ...]
+"""Where each leaf of a cache is on a mesh; None for those that are on none."""
+
+
+def new_cache(decoder: Decoder, params: Any, batch: int, max_length: int) -> Any:
+    """An empty cache that is committed to the devices of the weights, if those are.
+
+    Jitted functions return committed arrays where they get some. A first cache that is not would compile them twice.
+    """
+    cache = decoder.empty_cache(params, batch, max_length)
+    for leaf in jax.tree.leaves(params):
+        if isinstance(leaf, jax.Array) and leaf.committed:
+            sharding = leaf.sharding
+            place = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
+            return jax.tree.map(lambda array: array if array.committed else jax.device_put(array, place), cache)
+    return cache
+
+
+def placement(cache: Any) -> Placement:
+    """Where a cache is, for jitted functions to leave it there: on a mesh, XLA may choose anew in each of them."""
+    shardings = (leaf.sharding for leaf in jax.tree.leaves(cache))
+    return tuple(sharding if isinstance(sharding, NamedSharding) else None for sharding in shardings)
 
 
 def prefill(
@@ -57,14 +98,14 @@ def prefill(
         decoder: the model.
         params: its weights.
         prompts: ids of each row, at least one.
-        cache: of `decoder.empty_cache`; donated.
+        cache: of :func:`new_cache`; donated.
         chunk: the most tokens of a row that go through the model at once.
 
     Returns:
         What the model made of the last token of each row, and the cache.
     """
     lengths = np.array([ids.size for ids in prompts], np.int32)
-    longest, last = int(lengths.max()), None
+    longest, last, place = int(lengths.max()), None, placement(cache)
     for start in range(0, longest, chunk):
         width = min(chunk, max(_SMALLEST_CHUNK, 1 << (longest - start - 1).bit_length()))
         tokens = np.zeros((len(prompts), width), np.int32)
@@ -73,15 +114,16 @@ def prefill(
             tokens[row, : here.size] = here
         positions = np.broadcast_to(np.arange(start, start + width, dtype=np.int32), tokens.shape)
         positions = np.where(positions < lengths[:, None], positions, np.int32(-1))
-        x, cache = _prefill_chunk(decoder, params, cache, tokens, positions, lengths - 1 - start)
+        x, cache = _prefill_chunk(decoder, place, params, cache, tokens, positions, lengths - 1 - start)
         last = x if last is None else _replaced(last, x, lengths - 1 >= start)
     assert last is not None
     return last, cache
 
 
-@partial(jax.jit, static_argnames="decoder", donate_argnames="cache")
+@partial(jax.jit, static_argnames=("decoder", "place"), donate_argnames="cache")
 def _prefill_chunk(  # noqa: PLR0917 - jit donates by position too
     decoder: Decoder,
+    place: Placement,
     params: Any,
     cache: Any,
     tokens: Int32[Array, "b t"],
@@ -90,7 +132,7 @@ def _prefill_chunk(  # noqa: PLR0917 - jit donates by position too
 ) -> tuple[Float[Array, "b h"], Any]:
     x, cache = decoder.hidden(params, tokens, cache, positions)
     wanted = jnp.clip(wanted, 0, tokens.shape[1] - 1)
-    return jnp.take_along_axis(x, wanted[:, None, None], axis=1)[:, 0], cache
+    return jnp.take_along_axis(x, wanted[:, None, None], axis=1)[:, 0], _kept(cache, place)
 
 
 @jax.jit
@@ -116,9 +158,10 @@ class Settings(NamedTuple):
     stop_tokens: Int32[Array, " s"]
 
 
-@partial(jax.jit, static_argnames="decoder", donate_argnames="seen")
+@partial(jax.jit, static_argnames=("decoder", "place"), donate_argnames="seen")
 def first_token(  # noqa: PLR0917 - as above
     decoder: Decoder,
+    place: Placement,
     params: Any,
     seen: Bool[Array, "b v"],
     x: Float[Array, "b h"],
@@ -128,12 +171,13 @@ def first_token(  # noqa: PLR0917 - as above
 ) -> tuple[Made, Bool[Array, "b v"]]:
     ids, logprobs, done_after, seen = _draw(decoder.logits(params, x), seen, positions, done, settings)
     count = jnp.where(done, 0, 1).astype(jnp.int32)
-    return Made(ids[:, None], logprobs[:, None], count, done_after), seen
+    return Made(ids[:, None], logprobs[:, None], count, done_after), _replicated(seen, place)
 
 
-@partial(jax.jit, static_argnames="decoder", donate_argnames=("cache", "seen"))
+@partial(jax.jit, static_argnames=("decoder", "place"), donate_argnames=("cache", "seen"))
 def more_tokens(  # noqa: PLR0917 - as above
     decoder: Decoder,
+    place: Placement,
     params: Any,
     cache: Any,
     seen: Bool[Array, "b v"],
@@ -163,7 +207,7 @@ def more_tokens(  # noqa: PLR0917 - as above
             made.counts + active.astype(jnp.int32),
             done,
         )
-        return n + 1, ids, made, cache, seen
+        return n + 1, ids, made, _kept(cache, place), _replicated(seen, place)
 
     buffer = (batch, MAX_TOKENS_PER_DISPATCH)
     made = Made(jnp.zeros(buffer, jnp.int32), jnp.zeros(buffer, jnp.float32), jnp.zeros(batch, jnp.int32), done)
@@ -189,3 +233,18 @@ def _draw(
     ended = done | (ids < 0) | jnp.any(ids[:, None] == settings.stop_tokens[None, :], axis=1)
     seen = seen.at[jnp.arange(ids.shape[0]), jnp.maximum(ids, 0)].max(~done)
     return ids, logprobs, ended, seen
+
+
+def _kept(cache: Any, place: Placement) -> Any:
+    leaves, tree = jax.tree.flatten(cache)
+    constrain = jax.lax.with_sharding_constraint
+    return tree.unflatten([leaf if at is None else constrain(leaf, at) for leaf, at in zip(leaves, place, strict=True)])
+
+
+def _replicated(seen: Bool[Array, "b v"], place: Placement) -> Bool[Array, "b v"]:
+    """On every device of the mesh that the cache is on, if any."""
+    for at in place:
+        if at is not None:
+            out: Array = jax.lax.with_sharding_constraint(seen, NamedSharding(at.mesh, P()))
+            return out
+    return seen

@@ -18,7 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tensorport.text.decoder import MAX_TOKENS_PER_DISPATCH, Decoder, Made, Settings, first_token, more_tokens, prefill
+from tensorport.text.decoder import (
+    MAX_TOKENS_PER_DISPATCH,
+    Decoder,
+    Made,
+    Settings,
+    first_token,
+    more_tokens,
+    new_cache,
+    placement,
+    prefill,
+)
 from tensorport.text.sampling import Sampling, row_keys
 
 __all__ = ["Decoder", "Decoding", "DecodingStats", "Step", "decode"]
@@ -179,14 +189,15 @@ class _Loop:
         if not max_new_tokens:
             return
         begin = time.perf_counter()
-        cache = self.decoder.empty_cache(self.params, len(self.prompts), self.cache_length)
+        cache = new_cache(self.decoder, self.params, len(self.prompts), self.cache_length)
+        place = placement(cache)
         x, cache = prefill(self.decoder, self.params, self.prompts, cache, chunk=self.chunk)
         x.block_until_ready()
         self.stats.prefill_s = time.perf_counter() - begin
 
         # Where the next token of each row will stand.
         positions = np.array([ids.size for ids in self.prompts], np.int32)
-        made, seen = first_token(self.decoder, self.params, self._seen(), x, positions, self.done, self.settings)
+        made, seen = first_token(self.decoder, place, self.params, self._seen(), x, positions, self.done, self.settings)
         step, tokens, fault = self._collected(made, positions)
         self.stats.first_token_s = time.perf_counter() - begin
         yield from self._delivered(step, fault)
@@ -197,6 +208,7 @@ class _Loop:
             limit = min(size, max_new_tokens - made_tokens)
             made, cache, seen = more_tokens(
                 self.decoder,
+                place,
                 self.params,
                 cache,
                 seen,
