@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-VOCAB_SIZE = 37
+VOCAB_SIZE = 40
 NO_TOKEN = -1
 
 TRACES: Counter[tuple[str, str]] = Counter()

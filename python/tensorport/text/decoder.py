@@ -73,12 +73,11 @@ def new_cache(decoder: Decoder, params: Any, batch: int, max_length: int) -> Any
     Jitted functions return committed arrays where they get some. A first cache that is not would compile them twice.
     """
     cache = decoder.empty_cache(params, batch, max_length)
-    for leaf in jax.tree.leaves(params):
-        if isinstance(leaf, jax.Array) and leaf.committed:
-            sharding = leaf.sharding
-            place = NamedSharding(sharding.mesh, P()) if isinstance(sharding, NamedSharding) else sharding
-            return jax.tree.map(lambda array: array if array.committed else jax.device_put(array, place), cache)
-    return cache
+    committed = [leaf.sharding for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array) and leaf.committed]
+    if not committed:
+        return cache
+    place = NamedSharding(committed[0].mesh, P()) if isinstance(committed[0], NamedSharding) else committed[0]
+    return jax.tree.map(lambda array: array if array.committed else jax.device_put(array, place), cache)
 
 
 def placement(cache: Any) -> Placement:
@@ -158,10 +157,9 @@ class Settings(NamedTuple):
     stop_tokens: Int32[Array, " s"]
 
 
-@partial(jax.jit, static_argnames=("decoder", "place"), donate_argnames="seen")
+@partial(jax.jit, static_argnames="decoder", donate_argnames="seen")
 def first_token(  # noqa: PLR0917 - as above
     decoder: Decoder,
-    place: Placement,
     params: Any,
     seen: Bool[Array, "b v"],
     x: Float[Array, "b h"],
@@ -171,7 +169,7 @@ def first_token(  # noqa: PLR0917 - as above
 ) -> tuple[Made, Bool[Array, "b v"]]:
     ids, logprobs, done_after, seen = _draw(decoder.logits(params, x), seen, positions, done, settings)
     count = jnp.where(done, 0, 1).astype(jnp.int32)
-    return Made(ids[:, None], logprobs[:, None], count, done_after), _replicated(seen, place)
+    return Made(ids[:, None], logprobs[:, None], count, done_after), seen
 
 
 @partial(jax.jit, static_argnames=("decoder", "place"), donate_argnames=("cache", "seen"))
@@ -207,13 +205,13 @@ def more_tokens(  # noqa: PLR0917 - as above
             made.counts + active.astype(jnp.int32),
             done,
         )
-        return n + 1, ids, made, _kept(cache, place), _replicated(seen, place)
+        return n + 1, ids, made, cache, seen
 
     buffer = (batch, MAX_TOKENS_PER_DISPATCH)
     made = Made(jnp.zeros(buffer, jnp.int32), jnp.zeros(buffer, jnp.float32), jnp.zeros(batch, jnp.int32), done)
     state = (jnp.int32(0), tokens, made, cache, seen)
     _, _, made, cache, seen = jax.lax.while_loop(unfinished, one_more, state)
-    return made, cache, seen
+    return made, _kept(cache, place), seen
 
 
 def _draw(
@@ -236,15 +234,10 @@ def _draw(
 
 
 def _kept(cache: Any, place: Placement) -> Any:
-    leaves, tree = jax.tree.flatten(cache)
-    constrain = jax.lax.with_sharding_constraint
-    return tree.unflatten([leaf if at is None else constrain(leaf, at) for leaf, at in zip(leaves, place, strict=True)])
+    at = iter(place)
 
+    def keep(leaf: Array) -> Array:
+        sharding = next(at)
+        return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
 
-def _replicated(seen: Bool[Array, "b v"], place: Placement) -> Bool[Array, "b v"]:
-    """On every device of the mesh that the cache is on, if any."""
-    for at in place:
-        if at is not None:
-            out: Array = jax.lax.with_sharding_constraint(seen, NamedSharding(at.mesh, P()))
-            return out
-    return seen
+    return jax.tree.map(keep, cache)

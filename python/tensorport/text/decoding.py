@@ -197,7 +197,7 @@ class _Loop:
 
         # Where the next token of each row will stand.
         positions = np.array([ids.size for ids in self.prompts], np.int32)
-        made, seen = first_token(self.decoder, place, self.params, self._seen(), x, positions, self.done, self.settings)
+        made, seen = first_token(self.decoder, self.params, self._seen(), x, positions, self.done, self.settings)
         step, tokens, fault = self._collected(made, positions)
         self.stats.first_token_s = time.perf_counter() - begin
         yield from self._delivered(step, fault)
