@@ -5,9 +5,10 @@
 >>> tensorport.convert("model/", "model-jax/")        # a verified tree of .npy files
 >>> tensorport.verify("model-jax/", "model/")         # every value, compared with the source
 >>> params = tensorport.load_params("model-jax/")     # a pytree of jax.Arrays
+>>> model = tensorport.load_model("model-jax/")       # gpt-oss: text in, text out
 
 Importing this package imports neither JAX nor any other optional dependency: `load_params`, `load_params_shapes`,
-`mxfp4`, `kernels` and `nnx` do, when they are first used.
+`load_model`, `models`, `mxfp4`, `kernels` and `nnx` do, when they are first used.
 """
 
 import importlib
@@ -22,14 +23,16 @@ from tensorport.reports import ConversionReport, LoadReport, VerificationFailure
 from tensorport.synthesize import synthesize
 
 if TYPE_CHECKING:
-    from tensorport import kernels, mxfp4, nnx
+    from tensorport import kernels, models, mxfp4, nnx, text
     from tensorport.load import load_params, load_params_shapes
+    from tensorport.models.language_model import LanguageModel, load_model
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "ConversionError",
     "ConversionReport",
+    "LanguageModel",
     "LoadReport",
     "MappingError",
     "ProgressEvent",
@@ -41,22 +44,29 @@ __all__ = [
     "__version__",
     "convert",
     "kernels",
+    "load_model",
     "load_params",
     "load_params_shapes",
+    "models",
     "mxfp4",
     "nnx",
     "open",
     "synthesize",
+    "text",
     "verify",
 ]
 
 # What needs JAX (and `nnx` Flax), and the module that has it.
 _LAZY = {
+    "LanguageModel": "tensorport.models.language_model",
     "kernels": "tensorport.kernels",
+    "load_model": "tensorport.models.language_model",
     "load_params": "tensorport.load",
     "load_params_shapes": "tensorport.load",
+    "models": "tensorport.models",
     "mxfp4": "tensorport.mxfp4",
     "nnx": "tensorport.nnx",
+    "text": "tensorport.text",
 }
 
 
