@@ -1,4 +1,4 @@
-"""The text files of synthesized checkpoints: a small byte-level BPE tokenizer with harmony's special tokens, and a chat.
+"""The text files of synthesized checkpoints: a byte-level BPE tokenizer with harmony's special tokens, a chat template.
 
 Nothing is downloaded and no library is needed: merges are learnt here, from a list of common English words.
 """
@@ -37,7 +37,17 @@ _LAST: Final = (
 )
 
 # The most common words of English, most common first.
-_WORDS: Final = ["the", "of", "and", "to", "a", "in", "is", "you", "that", "it", "he", "was", "for", "on", "are", "as", "with", "his", "they", "I", "at", "be", "this", "have", "from", "or", "one", "had", "by", "word", "but", "not", "what", "all", "were", "we", "when", "your", "can", "said", "there", "use", "an", "each", "which", "she", "do", "how", "their", "if", "will", "up", "other", "about", "out", "many", "then", "them", "these", "so", "some", "her", "would", "make", "like", "him", "into", "time", "has", "look", "two", "more", "write", "go", "see", "number", "no", "way", "could", "people", "my", "than", "first", "water", "been", "call", "who", "oil", "its", "now", "find", "long", "down", "day", "did", "get", "come", "made", "may", "part", "over", "new", "sound", "take", "only", "little", "work", "know", "place", "year", "live", "me", "back", "give", "most", "very", "after", "thing", "our", "just", "name", "good", "sentence", "man", "think", "say", "great", "where", "help", "through", "much", "before", "line", "right", "too", "mean", "old", "any", "same", "tell", "boy", "follow", "came", "want", "show", "also", "around", "form", "three", "small", "set", "put", "end", "does", "another", "well", "large", "must", "big", "even", "such", "because", "turn", "here", "why", "ask", "went", "men", "read", "need", "land", "different", "home", "us", "move", "try", "kind", "hand", "picture", "again", "change", "off", "play", "spell", "air", "away", "animal", "house", "point", "page", "letter", "mother", "answer", "found", "study", "still", "learn", "should", "world"]
+_COMMON_WORDS: Final = """
+the of and to a in is you that it he was for on are as with his they I at be this have from or one had by word but not
+what all were we when your can said there use an each which she do how their if will up other about out many then them
+these so some her would make like him into time has look two more write go see number no way could people my than first
+water been call who oil its now find long down day did get come made may part over new sound take only little work know
+place year live me back give most very after thing our just name good sentence man think say great where help through
+much before line right too mean old any same tell boy follow came want show also around form three small set put end
+does another well large must big even such because turn here why ask went men read need land different home us move try
+kind hand picture again change off play spell air away animal house point page letter mother answer found study still
+learn should world
+"""
 
 _TEMPLATE: Final = Path(__file__).parent / "text" / "gpt_oss_chat_template.jinja"
 
@@ -97,14 +107,14 @@ def _tokenizer(vocab_size: int, special: dict[str, int]) -> dict[str, Any]:
     if vocab_size > max(_GPT_OSS_IDS.values()):
         reserved |= set(range(min(_GPT_OSS_IDS.values()), vocab_size))
     free = [id for id in range(vocab_size) if id not in reserved]
-    letters = list(_byte_letters().values())
-    merges = _learn_merges(len(free) - len(letters))
+    letters, words = list(_byte_letters().values()), _COMMON_WORDS.split()
+    merges = _learn_merges(words, len(free) - len(letters))
     # The names of the vocabulary, each once, as many as there are ids.
     names = dict.fromkeys(itertools.chain(letters, map("".join, merges)))
-    for words in itertools.chain(itertools.product(_WORDS, repeat=2), itertools.product(_WORDS, repeat=3)):
+    for several in itertools.chain(itertools.product(words, repeat=2), itertools.product(words, repeat=3)):
         if len(names) >= len(free):
             break
-        names["Ġ" + "".join(words)] = None
+        names["Ġ" + "".join(several)] = None
     vocab = dict(zip(names, free, strict=False)) | special
     return {
         "version": "1.0",
@@ -151,21 +161,21 @@ def _byte_letters() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
-def _learn_merges(limit: int) -> list[tuple[str, str]]:
+def _learn_merges(words: list[str], limit: int) -> list[tuple[str, str]]:
     """Byte-pair encoding: joins the most frequent pair, again and again, until each word is one token."""
     # Word frequencies fall as one over the rank; whole numbers, so that every machine finds the same.
-    words = [(list("Ġ" + word), 10_000 // (rank + 1)) for rank, word in enumerate(_WORDS)]
+    weighted = [(list("Ġ" + word), 10_000 // (rank + 1)) for rank, word in enumerate(words)]
     merges: list[tuple[str, str]] = []
     while len(merges) < limit:
         pairs: Counter[tuple[str, str]] = Counter()
-        for parts, weight in words:
+        for parts, weight in weighted:
             for pair in itertools.pairwise(parts):
                 pairs[pair] += weight
         if not pairs:
             break
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        for parts, _ in words:
+        for parts, _ in weighted:
             for i in range(len(parts) - 2, -1, -1):
                 if parts[i : i + 2] == [*best]:
                     parts[i : i + 2] = ["".join(best)]

@@ -9,13 +9,10 @@ __all__ = ["TextStream"]
 
 _REPLACEMENT: Final = "\ufffd"
 
-# Ids that are decoded together, and those of them that stay when there are more: a few of context before the newest,
-# for some decoders treat the first token of a text in a way of its own.
-_WINDOW_TOKENS: Final = 48
-_KEPT_TOKENS: Final = 12
-
-# Bytes of a character in UTF-8, so of tokens that it may be spread over.
-_CHARACTER_BYTES: Final = 4
+# Ids that are decoded together, at most, and those of them that stay then. Four would do for bytes, for a character has
+# no more of them; one for decoders that treat the first token of a text in a way of its own.
+_WINDOW_TOKENS: Final = 32
+_CONTEXT_TOKENS: Final = 8
 
 
 class TextStream:
@@ -49,7 +46,6 @@ class TextStream:
             raise ValueError("stop: found an empty string, expected strings of at least one character")
         self._skip_special_tokens = skip_special_tokens
         self._window: list[int] = []
-        self._window_limit = _WINDOW_TOKENS
         self._window_shown = 0  # characters of the window's text that went on to the search for stop strings
         self._held = ""  # what may become a stop string
         self.stopped: str | None = None
@@ -78,8 +74,8 @@ class TextStream:
         self._window, self._window_shown = [], 0
         return text
 
-    def _window_text(self, start: int = 0, end: int | None = None) -> str:
-        return self._tokenizer.decode(self._window[start:end], skip_special_tokens=self._skip_special_tokens)
+    def _window_text(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=self._skip_special_tokens)
 
     def _decoded(self, token_id: int) -> str:
         """The characters that no later id can change."""
@@ -94,25 +90,12 @@ class TextStream:
         # Of bytes that are no UTF-8, all but the last are settled: what follows may complete a character.
         settled = len(text) - text.endswith(_REPLACEMENT)
         piece, self._window_shown = text[self._window_shown : settled], max(settled, self._window_shown)
-        if len(self._window) >= self._window_limit:
-            self._shorten(text)
+        if len(self._window) >= _WINDOW_TOKENS:
+            # What comes next depends on the newest ids alone; a character at most has not been shown yet.
+            unshown = len(text) - self._window_shown
+            del self._window[:-_CONTEXT_TOKENS]
+            self._window_shown = len(self._window_text()) - unshown
         return piece
-
-    def _shorten(self, text: str) -> None:
-        """Forgets the oldest ids, at a place where the text of the others does not depend on them."""
-        newest = len(self._window) - _KEPT_TOKENS
-        unshown = len(text) - self._window_shown
-        for start in range(newest, newest - _CHARACTER_BYTES, -1):
-            # The first id that stays is context: the text behind it has to be the same with the older ids and without.
-            older, context = self._window_text(0, start + 1), self._window_text(start, start + 1)
-            shorter = self._window_text(start)
-            rest = shorter[len(context) :]
-            if text == older + rest and shorter == context + rest and len(rest) >= unshown:
-                del self._window[:start]
-                self._window_shown = len(shorter) - unshown
-                self._window_limit = _WINDOW_TOKENS
-                return
-        self._window_limit *= 2  # no such place: seen by no decoder so far, and then dear rather than wrong
 
     def _search(self, text: str) -> str:
         """What of the held and the new text can be given out."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     import tokenizers
 
-__all__ = ["Tokenizer"]
+__all__ = ["Tokenizer", "configured_ids"]
 
 _TOKENIZER: Final = "tokenizer.json"
 
@@ -85,7 +85,7 @@ class Tokenizer:
 
         config = _read(folder / "tokenizer_config.json")
         special = _special_tokens(_read(folder / "special_tokens_map.json")) | _special_tokens(config)
-        eos, pad = _ids(folder, "eos_token_id"), _ids(folder, "pad_token_id")
+        eos, pad = configured_ids(folder, "eos_token_id"), configured_ids(folder, "pad_token_id")
         if not eos and "eos_token" in special:
             eos = [id for id in [backend.token_to_id(special["eos_token"])] if id is not None]
         return cls(
@@ -182,8 +182,8 @@ def _read(file: Path) -> dict[str, Any]:
     return config
 
 
-def _ids(folder: Path, field: str) -> list[int]:
-    """What the first configuration that has the field says: an id or a list of them."""
+def configured_ids(folder: Path, field: str) -> list[int]:
+    """What the first configuration that has the field says: an id or a list of them; no tokenizer is needed."""
     for name in ("generation_config.json", "config.json"):
         value = _read(folder / name).get(field)
         if value is None:
