@@ -7,7 +7,7 @@ import dataclasses
 import enum
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from tensorport.text.stream import TextStream
@@ -184,11 +184,19 @@ class HarmonyParser:
 
     Attributes:
         messages: those that have ended; all of them after `finish`.
+        stopped: the stop string that was met, or None; nothing that comes behind it counts.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Begins an answer; a tokenizer without harmony's special tokens makes all of it one message."""
+    def __init__(self, tokenizer: Tokenizer, stop: str | Sequence[str] = ()) -> None:
+        """Begins an answer; a tokenizer without harmony's special tokens makes all of it one message.
+
+        Args:
+            tokenizer: whose ids they are.
+            stop: strings at which the answer ends, if they are in the channel `final`; not part of it.
+        """
         self._tokenizer = tokenizer
+        self._stop = stop
+        self.stopped: str | None = None
         self._start, self._channel, self._message = map(tokenizer.token_id, ("<|start|>", "<|channel|>", "<|message|>"))
         self._ends = {*stop_token_ids(tokenizer), tokenizer.token_id("<|end|>")}
         self._markers = {self._channel, tokenizer.token_id(_CONSTRAIN)}
@@ -204,7 +212,10 @@ class HarmonyParser:
         """The text that these ids add, one delta for each message that they touch."""
         deltas: list[HarmonyDelta] = []
         for token_id in ids:
+            if self.stopped is not None:
+                break
             self._push(int(token_id), deltas)
+            self.stopped = self._stream.stopped
         return deltas
 
     def finish(self) -> list[HarmonyDelta]:
@@ -237,7 +248,7 @@ class HarmonyParser:
 
     def _begin(self, message: HarmonyMessage) -> None:
         self._state, self._current, self._header, self._pieces = _State.CONTENT, message, [], []
-        self._stream = TextStream(self._tokenizer)
+        self._stream = TextStream(self._tokenizer, self._stop if message.channel == "final" else ())
 
     def _begin_malformed(self, deltas: list[HarmonyDelta]) -> None:
         """Makes a message of what is no header: its text is content, behind a channel's name if there is one."""
