@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int32, Integer
+from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from tensorport.kernels.attention.api import attention
 from tensorport.kernels.linear.api import linear
@@ -49,12 +49,12 @@ def forward(
         cache: what came before; None for nothing, and nothing to be kept.
         positions: [B, T], those of a row rising by one from its cache's length on; -1 for padding, which nothing sees
             and whose logits mean nothing. By default no token is padding.
-        mesh: devices that the parameters are spread over, by :func:`sharding_rules`.
+        mesh: devices that the parameters are spread over, by :func:`sharding_rules`; with automatic axes.
         implementation: of the products; see :func:`tensorport.kernels.explain`.
 
     Returns:
-        [B, T, V] float32, and the cache. Logits are NaN where the token or its position cannot be: a token that is not
-        in the vocabulary, a position behind the cache's last slot.
+        [B, T, V] float32, and the cache. Logits are NaN where a token or its position cannot be (one that is not in the
+        vocabulary, or behind the cache's last slot), and at all tokens of its row behind it.
     """
     x, cache = hidden_states(params, config, tokens, cache, positions, mesh=mesh, implementation=implementation)
     return logits_of(params, x, implementation=implementation), cache
@@ -81,9 +81,7 @@ def hidden_states(
 
     model = params["model"]
     embeddings = model["embed_tokens"]["weight"]
-    x = jnp.take(embeddings, tokens, axis=0, mode="fill", fill_value=jnp.nan)  # [b, t, h]
-    # jnp.take counts negative indices from the end.
-    x = jnp.where((tokens < 0)[..., None], jnp.nan, x).astype(embeddings.dtype)
+    x = jnp.take(embeddings, jnp.clip(tokens, 0, config.vocab_size - 1), axis=0)  # [b, t, h]
     layer_caches: list[LayerCache] = []
     for index, kind in enumerate(config.layer_types):
         layer = model["layers"][str(index)]
@@ -101,11 +99,9 @@ def hidden_states(
             layer_caches.append(layer_cache)
 
     x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
+    x = jnp.where(cannot_be(config, tokens, positions, cache)[..., None], jnp.nan, x)
     if cache is None:
         return x, None
-    max_length = cache.max_length(config)
-    if max_length is not None:
-        x = jnp.where((positions >= max_length)[..., None], jnp.nan, x)
     return x, Cache(tuple(layer_caches), lengths)
 
 
@@ -114,6 +110,17 @@ def logits_of(
 ) -> Float[Array, "*batch v"]:
     """Logits in float32 from the stream after the last norm."""
     return linear(x, params["lm_head"]["weight"], out_dtype=jnp.float32, implementation=implementation)
+
+
+def cannot_be(
+    config: Config, tokens: Int32[Array, "b t"], positions: Int32[Array, "b t"], cache: Cache | None
+) -> Bool[Array, "b t"]:
+    """Tokens out of the vocabulary or behind the last slot of the cache, and all behind them: they would see it."""
+    is_wrong = (tokens < 0) | (tokens >= config.vocab_size)
+    max_length = None if cache is None else cache.max_length(config)
+    if max_length is not None:
+        is_wrong |= positions >= max_length
+    return jax.lax.cummax((is_wrong & (positions >= 0)).astype(jnp.int32), axis=1) > 0
 
 
 def rms_norm(x: Float[Array, "*batch h"], scale: Float[Array, " h"], eps: float) -> Float[Array, "*batch h"]:
