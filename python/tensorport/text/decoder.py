@@ -195,10 +195,13 @@ def more_tokens(  # noqa: PLR0917 - as above
 
     def one_more(state: tuple[Any, ...]) -> tuple[Any, ...]:
         n, tokens, made, cache, seen = state
+        # What hangs on the weights alone XLA would compute before the loop, such as all of them in float32: on CPU it
+        # keeps that copy of each matrix in memory, and makes it anew in every dispatch. Bound to `n`, they look new.
+        n, weights = jax.lax.optimization_barrier((n, params))
         active = ~made.done
         fed = jnp.where(active, positions + n, -1)
-        x, cache = decoder.hidden(params, tokens[:, None], cache, fed[:, None])
-        ids, logprobs, done, seen = _draw(decoder.logits(params, x[:, 0]), seen, fed + 1, made.done, settings)
+        x, cache = decoder.hidden(weights, tokens[:, None], cache, fed[:, None])
+        ids, logprobs, done, seen = _draw(decoder.logits(weights, x[:, 0]), seen, fed + 1, made.done, settings)
         made = Made(
             made.ids.at[:, n].set(ids),
             made.logprobs.at[:, n].set(logprobs),
