@@ -22,6 +22,7 @@ CHECKED_MODULES = [
     "tensorport.kernels.swiglu",
     "tensorport.kernels.tiles",
     "tensorport.kernels.varying",
+    "tensorport.text.decoder",
     *(
         f"tensorport.kernels.{op}.{module}"
         for op in ("mxfp4_matmul", "mxfp4_expert_matmul", "mxfp4_moe")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ _SMALLEST_CHUNK = 16
 """Where the sizes of chunks begin that are compiled for."""
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """A model as the loop sees it. Frozen and hashable: it is a static argument of jitted functions.
 
@@ -218,7 +219,7 @@ def more_tokens(  # noqa: PLR0917 - as above
 
 
 def _draw(
-    logits: Float32[Array, "b v"],
+    logits: Float32[Array, "b vocab_size"],
     seen: Bool[Array, "b v"],
     positions: Int32[Array, " b"],
     done: Bool[Array, " b"],
