@@ -198,7 +198,7 @@ class WeightedDecoder(ToyDecoder):
     def hidden(self, params: Any, tokens: Any, cache: Any, positions: Any) -> Any:
         x, cache = super().hidden(params, tokens, cache, positions)
         matrix = params["matrix"].astype(jnp.float32)
-        rows = jnp.sum(matrix * jnp.tile(x, matrix.shape[1] // 4)[..., None, :], axis=-1)
+        rows = jnp.sum(matrix[None, None] * jnp.tile(x, matrix.shape[1] // 4)[:, :, None], axis=-1)
         return x + 0 * rows[..., :4], cache
 
 
