@@ -150,7 +150,7 @@ def _penalised(logits: Float32[Array, "b v"], sampling: Sampling, seen: Bool[Arr
 
 def _drawn_from(penalised: Float32[Array, "b v"], sampling: Sampling) -> Float32[Array, "b v"]:
     # What the greatest logit divided by its temperature cannot exceed, lest it become infinite; so cold, all is greedy.
-    coldest = jnp.maximum(_F32.tiny, jnp.abs(jnp.max(penalised, axis=1)) / 1e38)
+    coldest = jnp.maximum(_F32.tiny, jnp.abs(jnp.max(penalised, axis=1)) * 1e-37)
     scaled = penalised / jnp.maximum(sampling.temperature, coldest)[:, None]
     random = sampling.temperature > 0
     uses_k, uses_p = random & (sampling.top_k > 0), random & (sampling.top_p < 1)

@@ -191,6 +191,26 @@ def test_the_cache_is_donated_and_changed_in_place() -> None:
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((cache, seen)))
 
 
+@dataclass(frozen=True)
+class WeightedDecoder(ToyDecoder):
+    """With one large matrix in bfloat16, times what the toy makes of each token, summed in float32."""
+
+    def hidden(self, params: Any, tokens: Any, cache: Any, positions: Any) -> Any:
+        x, cache = super().hidden(params, tokens, cache, positions)
+        matrix = params["matrix"].astype(jnp.float32)
+        rows = jnp.sum(matrix[None, None] * jnp.tile(x, matrix.shape[1] // 4)[:, :, None], axis=-1)
+        return x + 0 * rows[..., :4], cache
+
+
+def test_the_loop_keeps_no_second_copy_of_the_weights() -> None:
+    _, place, params, *rest = _after_prefill([False] * 3)
+    matrix = jnp.ones((1000, 1024), jnp.bfloat16)
+    arguments = (WeightedDecoder(), place, params | {"matrix": matrix}, *rest)
+    analysis = device.more_tokens.lower(*arguments).compile().memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < matrix.nbytes / 10
+
+
 @pytest.fixture
 def compiled() -> Iterator[list[str]]:
     """Grows with each computation that XLA compiles."""
