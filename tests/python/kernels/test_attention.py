@@ -27,7 +27,7 @@ Args = tuple[Any, ...]
 
 
 def inputs(
-    queries: int = T, keys: int = S, heads: int = N, key_heads: int = G, dtype: Any = jnp.float32, seed: int = 0
+    queries: int = T, keys: int = S, *, heads: int = N, key_heads: int = G, dtype: Any = jnp.float32, seed: int = 0
 ) -> Args:
     """All arguments. The first row is full; the second has two empty slots, and its last query is padding."""
     rng = np.random.default_rng(seed)
@@ -306,7 +306,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, slidi
 
     def has_loop() -> bool:
         # A new function, for JAX remembers what it traced.
-        return "scan" in str(jax.make_jaxpr(lambda *args: function(*args))(*args))
+        return "scan" in str(jax.make_jaxpr(partial(function))(*args))
 
     assert not has_loop()
     whole = run()
