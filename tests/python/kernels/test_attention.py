@@ -82,7 +82,9 @@ def assert_fits(found: Any, args: Args, sliding_window: int | None = None) -> No
 
 
 def attention_reference(*args: Any, sliding_window: int | None = None) -> Any:
-    return reference.attention(*args, Settings(args[0].shape[3] ** -0.5, sliding_window))
+    query, key, value, query_positions, key_positions, sinks = args
+    settings = Settings(query.shape[3] ** -0.5, sliding_window)
+    return reference.attention(query, key, value, query_positions, key_positions, sinks, settings)
 
 
 FUNCTIONS = [attention, attention_reference]
@@ -480,10 +482,10 @@ def test_wrong_arguments_are_refused_by_name(name: str) -> None:
 
 
 def test_heads_of_queries_are_whole_groups_and_have_a_width() -> None:
-    query, key, value, *positions, _ = inputs()
+    query, key, value, at, of, _ = inputs()
     with pytest.raises(ValueError, match="N, the number of query heads: found 11, expected a multiple of 3, of key"):
-        attention(query[:, :, :11], key, value, *positions)
+        attention(query[:, :, :11], key, value, at, of)
     with pytest.raises(ValueError, match="N, the number of query heads: found 12, expected a multiple of 0, of key"):
-        attention(query, key[:, :, :0], value[:, :, :0], *positions)
+        attention(query, key[:, :, :0], value[:, :, :0], at, of)
     with pytest.raises(ValueError, match="D, the size of a head: found 0, expected at least 1"):
-        attention(query[..., :0], key[..., :0], value[..., :0], *positions)
+        attention(query[..., :0], key[..., :0], value[..., :0], at, of)

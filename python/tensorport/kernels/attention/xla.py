@@ -33,8 +33,8 @@ def attention(  # noqa: PLR0917 - the arguments of the op in their order
     )
     # CPUs convert narrow operands one product at a time, accelerators multiply them as they are.
     is_cpu = Device.of(query, key).platform == "cpu"
-    scored = dtype if is_cpu else jnp.promote_types(query.dtype, key.dtype)
-    mixed = dtype if is_cpu else value.dtype
+    scored = dtype if is_cpu or query.dtype != key.dtype else key.dtype
+    mixed = dtype if is_cpu or value.dtype == jnp.float64 else value.dtype
     grouped = query.reshape(batch, queries, key_heads, heads // key_heads, head_dim)
     key, value = key.astype(scored), value.astype(mixed)
     columns = None if sinks is None else sinks.astype(dtype).reshape(1, key_heads, -1, 1, 1)
