@@ -414,9 +414,9 @@ def test_positions_may_be_any_that_int32_holds(function: Callable[..., Any]) -> 
 
 def test_numpy_arrays_are_taken() -> None:
     args = inputs()
-    host = [np.asarray(x) for x in args]
-    host[3], host[4] = host[3].astype(np.int64), host[4].astype(np.int16)
-    np.testing.assert_array_equal(attention(*host), attention(*args))
+    query, key, value, at, of, sinks = map(np.asarray, args)
+    found = attention(query, key, value, at.astype(np.int64), of.astype(np.int16), sinks)
+    np.testing.assert_array_equal(found, attention(*args))
 
 
 @pytest.mark.parametrize("sizes", [(0, S), (T, 0), (0, 0)], ids=str)

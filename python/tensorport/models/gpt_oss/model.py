@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32, Integer
 from tensorport.kernels.attention.api import attention
 from tensorport.kernels.linear.api import linear
 from tensorport.kernels.registry import ImplementationName
+from tensorport.kernels.tiles import accumulator_dtype
 from tensorport.models.gpt_oss.cache import Cache, LayerCache
 from tensorport.models.gpt_oss.config import Config, Rope
 from tensorport.models.gpt_oss.experts import mixture_of_experts
@@ -211,7 +212,8 @@ def rotary_table(
 def rotate(
     x: Float[Array, "b t heads d"], rope: tuple[Float[Array, "b t half_d"], Float[Array, "b t half_d"]]
 ) -> Float[Array, "b t heads d"]:
-    """Turns dimensions i and i + d / 2 together, in float32, rounded once."""
-    cos, sin = (table[:, :, None] for table in rope)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Turns dimensions i and i + d / 2 together, in float32 (float64 where `x` is), rounded once."""
+    dtype = accumulator_dtype(x.dtype)
+    cos, sin = (table[:, :, None].astype(dtype) for table in rope)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
