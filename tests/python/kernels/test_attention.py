@@ -423,8 +423,8 @@ def test_numpy_arrays_are_taken() -> None:
 def test_empty_arrays(sizes: tuple[int, int]) -> None:
     queries, keys = sizes
     query, key = jnp.ones((B, queries, N, D)), jnp.ones((B, keys, G, D))
-    positions = [jnp.zeros((B, size), jnp.int32) for size in sizes]
-    found = attention(query, key, key, *positions, jnp.zeros(N))
+    at, of = (jnp.zeros((B, size), jnp.int32) for size in sizes)
+    found = attention(query, key, key, at, of, jnp.zeros(N))
     np.testing.assert_array_equal(found, jnp.zeros((B, queries, N, D)))
 
 
