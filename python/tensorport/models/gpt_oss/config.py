@@ -27,11 +27,11 @@ class Rope:
     """
 
     theta: float
-    factor: float
-    beta_fast: float
-    beta_slow: float
-    original_context: int
-    truncate: bool
+    factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_context: int = 4096
+    truncate: bool = False
     attention_factor: float | None = None
 
     def frequencies(self, head_dim: int) -> list[float]:

@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Float, Int32, Integer
 from tensorport.kernels.attention.api import attention
 from tensorport.kernels.linear.api import linear
 from tensorport.kernels.registry import ImplementationName
+from tensorport.kernels.tiles import accumulator_dtype
 from tensorport.models.gpt_oss.cache import Cache, LayerCache
 from tensorport.models.gpt_oss.config import Config, Rope
 from tensorport.models.gpt_oss.experts import mixture_of_experts
 
-__all__ = ["forward", "hidden_states", "logits_of", "rotary_table", "rotate"]
+__all__ = ["attend", "forward", "hidden_states", "logits_of", "rotary_table", "rotate"]
 
 Params: TypeAlias = Mapping[str, Any]
 
@@ -151,14 +152,38 @@ def self_attention(  # noqa: PLR0917 - what a layer hands on
     key = rotate(heads("k_proj", config.num_key_value_heads), rope)
     value = heads("v_proj", config.num_key_value_heads)
 
+    mixed, cache = attend(
+        query, key, value, layer["sinks"], positions, lengths, cache, sliding_window, implementation=implementation
+    )
+    mixed = mixed.reshape(*x.shape[:2], -1)
+    return linear(mixed, layer["o_proj"]["weight"], layer["o_proj"]["bias"], implementation=implementation), cache
+
+
+def attend(  # noqa: PLR0917 - as above
+    query: Float[Array, "b t n d"],
+    key: Float[Array, "b t g d"],
+    value: Float[Array, "b t g d"],
+    sinks: Float[Array, " n"] | None,
+    positions: Int32[Array, "b t"],
+    lengths: Int32[Array, " b"],
+    cache: LayerCache | None,
+    sliding_window: int | None,
+    *,
+    implementation: ImplementationName,
+) -> tuple[Float[Array, "b t n d"], LayerCache | None]:
+    """Mixed values of what each query sees, among these tokens and in the cache; and the cache with the tokens in it.
+
+    `lengths` are those of the rows with these tokens. A cache of a sliding window is a ring of that many slots.
+    """
     if cache is None:
         keys, values, key_positions = key, value, positions
     else:
         before, cache = cache, cache.write(key, value, positions, lengths)
         keys, values, key_positions = cache.keys, cache.values, cache.positions(lengths)
-        if sliding_window is not None and x.shape[1] > 1:
+        if sliding_window is not None and key.shape[1] > 1:
             # Tokens have overwritten in the ring what those before them still see.
-            keys, values = jnp.concatenate([before.keys, key], axis=1), jnp.concatenate([before.values, value], axis=1)
+            keys = jnp.concatenate([before.keys, key.astype(before.keys.dtype)], axis=1)
+            values = jnp.concatenate([before.values, value.astype(before.values.dtype)], axis=1)
             seen = jnp.min(jnp.where(positions >= 0, positions, lengths[:, None]), axis=1)
             key_positions = jnp.concatenate([before.positions(seen), positions], axis=1)
 
@@ -168,12 +193,11 @@ def self_attention(  # noqa: PLR0917 - what a layer hands on
         values,
         positions,
         key_positions,
-        layer["sinks"],
+        sinks,
         sliding_window=sliding_window,
         implementation=implementation,
     )
-    mixed = mixed.reshape(*x.shape[:2], -1)
-    return linear(mixed, layer["o_proj"]["weight"], layer["o_proj"]["bias"], implementation=implementation), cache
+    return mixed, cache
 
 
 def rotary_table(
@@ -188,7 +212,8 @@ def rotary_table(
 def rotate(
     x: Float[Array, "b t heads d"], rope: tuple[Float[Array, "b t half_d"], Float[Array, "b t half_d"]]
 ) -> Float[Array, "b t heads d"]:
-    """Turns dimensions i and i + d / 2 together, in float32, rounded once."""
-    cos, sin = (table[:, :, None] for table in rope)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Turns dimensions i and i + d / 2 together, in float32 (float64 where `x` is), rounded once."""
+    dtype = accumulator_dtype(x.dtype)
+    cos, sin = (table[:, :, None].astype(dtype) for table in rope)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
