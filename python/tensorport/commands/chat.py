@@ -36,7 +36,7 @@ INTERRUPTED = "[interrupted by the user]"
 
 
 class _ControlC(KeyboardInterrupt):
-    """Ctrl-C while no answer is coming; signals that end the program raise a KeyboardInterrupt that is none of these."""
+    """Ctrl-C while no answer is coming; a signal that ends the program raises another KeyboardInterrupt."""
 
 
 def run(arguments: Sequence[str]) -> int:
