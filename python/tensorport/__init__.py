@@ -6,9 +6,10 @@
 >>> tensorport.verify("model-jax/", "model/")         # every value, compared with the source
 >>> params = tensorport.load_params("model-jax/")     # a pytree of jax.Arrays
 >>> model = tensorport.load_model("model-jax/")       # gpt-oss: text in, text out
+>>> tensorport.validate("model-jax/", source="model/")  # its tensors and what it computes, as a report
 
 Importing this package imports neither JAX nor any other optional dependency: `load_params`, `load_params_shapes`,
-`load_model`, `models`, `mxfp4`, `kernels` and `nnx` do, when they are first used.
+`load_model`, `validate`, `models`, `mxfp4`, `kernels` and `nnx` do, when they are first used.
 """
 
 import importlib
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tensorport import kernels, models, mxfp4, nnx, text
     from tensorport.load import load_params, load_params_shapes
     from tensorport.models.language_model import LanguageModel, load_model
+    from tensorport.validation import ValidationReport, validate
 
 __all__ = [
     "Checkpoint",
@@ -38,6 +40,7 @@ __all__ = [
     "ProgressEvent",
     "TensorSpec",
     "TensorportError",
+    "ValidationReport",
     "VerificationError",
     "VerificationFailure",
     "VerificationReport",
@@ -53,12 +56,14 @@ __all__ = [
     "open",
     "synthesize",
     "text",
+    "validate",
     "verify",
 ]
 
 # What needs JAX (and `nnx` Flax), and the module that has it.
 _LAZY = {
     "LanguageModel": "tensorport.models.language_model",
+    "ValidationReport": "tensorport.validation",
     "kernels": "tensorport.kernels",
     "load_model": "tensorport.models.language_model",
     "load_params": "tensorport.load",
@@ -67,6 +72,7 @@ _LAZY = {
     "mxfp4": "tensorport.mxfp4",
     "nnx": "tensorport.nnx",
     "text": "tensorport.text",
+    "validate": "tensorport.validation",
 }
 
 

@@ -1,20 +1,18 @@
-"""The command line. Its flags are defined in Rust; here are the commands that need Python."""
+"""The command line. Its flags are defined in Rust; `commands` has those that need Python."""
 
-import argparse
 import contextlib
+import importlib
+import os
 import signal
 import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
 
 from tensorport import _core
-from tensorport.checkpoint import open
-from tensorport.convert import convert, verify
+from tensorport.commands import COMMANDS
 from tensorport.errors import TensorportError
-from tensorport.synthesize import LAYOUTS, PRESETS, synthesize
+from tensorport.reports import printable
 
 __all__ = ["main"]
 
@@ -59,88 +57,40 @@ def _stopped_by_signals(received: list[int]) -> Iterator[None]:
 
 
 def _run(arguments: list[str]) -> int:
-    command = _COMMANDS.get(arguments[0]) if arguments else None
     if sys.stdout is not None:  # closed before Python started
         sys.stdout.flush()
-    if command is None:
+    if not arguments or arguments[0] not in COMMANDS:
         return _core.run_cli(arguments)
+    command = importlib.import_module(f"tensorport.commands.{arguments[0]}")
     try:
-        return command(arguments[1:])
+        status: int = command.run(arguments[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except SystemExit as stop:  # argparse: 0 after --help, 2 after a usage error
         return int(stop.code or 0)
+    except BrokenPipeError:  # a reader that closed the pipe has seen enough
+        _let_go_of_stdout()
+        return 0
     except ValueError as fault:
-        print(f"error: {fault}", file=sys.stderr)
+        _complain(fault)
         return 2
-    except (TensorportError, OSError, ImportError) as fault:
-        print(f"error: {fault}", file=sys.stderr)
+    except (TensorportError, OSError, ImportError, ArithmeticError) as fault:
+        if isinstance(fault, OSError) and fault.filename is None:
+            _let_go_of_stdout()
+        _complain(fault)
         return 1
 
 
-def _synthesize(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser("tensorport synthesize", description="Write a random checkpoint in a real layout.")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; new or empty")
-    parser.add_argument("--preset", choices=PRESETS, default="demo")
-    parser.add_argument("--layout", choices=LAYOUTS, default="huggingface")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--set", metavar="FIELD=VALUE", action="append", default=[], help="override a field of config.json; repeatable"
-    )
-    parsed = parser.parse_args(arguments)
-    overrides: dict[str, Any] = {}
-    for item in parsed.set:
-        field, separator, value = item.partition("=")
-        if not separator:
-            parser.error(f"--set {item}: expected FIELD=VALUE")
-        try:
-            overrides[field] = float(value) if "." in value or "e" in value else int(value)
-        except ValueError:
-            parser.error(f"--set {item}: expected a number")
-    synthesize(
-        parsed.output,
-        parsed.preset,
-        seed=parsed.seed,
-        layout=parsed.layout,
-        progress=sys.stderr.isatty(),
-        **overrides,
-    )
-    print(open(parsed.output))
-    return 0
+def _complain(fault: Exception) -> None:
+    if sys.stderr is not None:
+        # Names and texts of a checkpoint may carry control characters.
+        print(f"error: {printable(str(fault))}", file=sys.stderr)
 
 
-def _demo(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "tensorport demo", description="Synthesize, convert, verify and load a small checkpoint."
-    )
-    parser.add_argument("--output", type=Path, help="folder for the demo's files; a new temporary one by default")
-    parsed = parser.parse_args(arguments)
-    try:
-        import jax.numpy as jnp  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise ImportError("the demo needs JAX: pip install 'tensorport[jax]'") from None
-    folder = parsed.output or Path(tempfile.mkdtemp(prefix="tensorport-demo-"))
-    checkpoint, tree = folder / "checkpoint", folder / "converted"
-
-    print(f"1. synthesize: a random gpt-oss checkpoint in {checkpoint}")
-    synthesize(checkpoint, "demo", progress=False)
-    print(f"   {open(checkpoint)!r}")
-
-    print("2. convert: bfloat16 and MXFP4 tensors to npy files that jnp.load reads")
-    report = convert(checkpoint, tree, mxfp4="dequantize", progress=False)
-    print(f"   {report.total_files} files, {report.total_bytes / 1e6:.1f} MB, {report.seconds:.2f} s")
-
-    print("3. verify: every value against the source")
-    verification = verify(tree, checkpoint, progress=False)
-    print(f"   {'ok' if verification.ok else verification}")
-
-    print("4. load one tensor with plain JAX")
-    name = "model.layers.0.mlp.experts.down_proj"
-    file = tree / open(tree).specs[name].files[0]
-    array = jnp.load(file)
-    print(f"   jnp.load({str(file)!r})\n   {array.dtype} {array.shape}, mean |w| = {float(abs(array).mean()):.4f}")
-
-    program = sys.argv[0] if Path(sys.argv[0]).name == "tensorport" else "python -m tensorport"
-    print(f"\nTo look around:\n  {program} inspect {tree} --stats\n  cat {tree}/manifest.json\n  ls {tree}/shard_000")
-    return 0 if verification.ok else 1
-
-
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"synthesize": _synthesize, "demo": _demo}
+def _let_go_of_stdout() -> None:
+    """What could not be written is not tried again when Python ends, which would be one more message."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

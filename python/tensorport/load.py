@@ -27,7 +27,7 @@ from tensorport.sharding import ShardingLike, device_regions, place
 from tensorport.streaming import stream
 from tensorport.trees import Target, nested_dict, refuse_prefixes
 
-__all__ = ["load_params", "load_params_shapes", "load_split_params"]
+__all__ = ["check_split_params", "load_params", "load_params_shapes", "load_split_params"]
 
 _Callback = Callable[..., None]
 
@@ -176,6 +176,18 @@ def load_split_params(
     workers = _checked_options("error", workers, "auto")
     plan = _plan(source, dtype, "keep", sharding, mesh, None, None, rename, target, True, parts)
     return _run(plan, started, "error", workers, "auto", progress)
+
+
+def check_split_params(
+    source: str | os.PathLike[str],
+    target: Any,
+    *,
+    parts: Mapping[str, Mapping[str, int]],
+    dtype: DTypeLike,
+    rename: Rename | None = None,
+) -> None:
+    """Raises what :func:`load_split_params` raises before it reads; looks at headers and no tensor data."""
+    _plan(source, dtype, "keep", None, None, None, None, rename, target, True, parts)
 
 
 def _run(  # noqa: PLR0917 - what load_params hands on

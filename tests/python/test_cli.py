@@ -1,9 +1,11 @@
 """The command line: the Python entry point, and beside it the plain binary that has the same flags."""
 
+import ast
 import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,7 +20,8 @@ import tensorport
 Write = Callable[..., Path]
 
 PYTHON = [sys.executable, "-m", "tensorport"]
-COMMANDS = ("convert", "verify", "inspect", "synthesize", "demo")
+COMMANDS = ("convert", "verify", "inspect", "synthesize", "generate", "chat", "validate", "demo")
+MODEL_COMMANDS = ("generate", "chat", "validate", "demo")
 ESCAPES = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\x08\r"
 
@@ -337,7 +340,9 @@ def test_escape_sequences_in_files_do_not_reach_the_terminal(
     assert not ESCAPES.findall(done.stdout + done.stderr), (done.stdout, done.stderr)
 
 
-@pytest.mark.parametrize(("name", "hint"), [("synthesize", "'tensorport'"), ("demo", "'tensorport[jax]'")])
+@pytest.mark.parametrize(
+    ("name", "hint"), [("synthesize", "'tensorport'"), *((name, "'tensorport[jax,text]'") for name in MODEL_COMMANDS)]
+)
 def test_the_binary_says_which_commands_need_python(name: str, hint: str) -> None:
     for arguments in ([name], [name, "--output", "x", "--set", "a=1"], [name, "--help"]):
         answer = run(binary(), *arguments)
@@ -381,16 +386,31 @@ def test_synthesize_refuses_what_it_cannot_do(tmp_path: Path, flags: list[str], 
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-@pytest.mark.parametrize("name", ["synthesize", "demo"])
+@pytest.mark.parametrize("name", ["synthesize", *MODEL_COMMANDS])
 def test_python_commands_have_help(name: str) -> None:
     shown = run(PYTHON, name, "--help")
     assert (shown.returncode, shown.stderr) == (0, "")
-    assert "--output" in shown.stdout
+    assert ("--output" if name in {"synthesize", "demo"} else "--model") in shown.stdout
 
 
-def test_demo_synthesizes_converts_verifies_and_loads(tmp_path: Path) -> None:
-    shown = run(PYTHON, "demo", "--output", tmp_path / "demo")
+def test_demo_goes_from_a_checkpoint_to_text(tmp_path: Path) -> None:
+    shown = run(PYTHON, "demo", "--output", tmp_path / "the demo")
     assert shown.returncode == 0, shown.stderr
-    assert [line[:2] for line in shown.stdout.splitlines() if line[:1].isdigit()] == ["1.", "2.", "3.", "4."]
-    assert "bfloat16 (8, 768, 544)" in shown.stdout
-    assert tensorport.verify(tmp_path / "demo" / "converted", tmp_path / "demo" / "checkpoint", progress=False).ok
+    lines = shown.stdout.splitlines()
+    steps = [line.split(":")[0] for line in lines if line[:1].isdigit()]
+    assert steps == ["1. synthesize", "2. convert", "3. verify", "4. load", "5. generate"]
+    assert sum(re.fullmatch(r"   \d+\.\d\d s", line) is not None for line in lines) == len(steps)
+    checkpoint, tree = tmp_path / "the demo" / "checkpoint", tmp_path / "the demo" / "converted"
+    assert tensorport.verify(tree, checkpoint, progress=False).ok
+
+    # What the demo says last is right: the text comes again, and the commands run.
+    begin = lines.index("The same in Python:") + 1
+    program = [line.strip() for line in lines[begin : begin + 3]]
+    (text,) = [ast.literal_eval(line.strip()) for line in lines if line.startswith("   'The first time")]
+    again = run([sys.executable, "-c", "\n".join(program)])
+    # The demo goes on behind end tokens, of which random weights make few.
+    assert (again.returncode, again.stderr) == (0, "")
+    assert text.startswith("The first time that people" + again.stdout.removesuffix("\n"))
+    (inspect,) = [line for line in lines if line.startswith("  python -m tensorport inspect ")]
+    looked = run([*PYTHON, *shlex.split(inspect)[3:]])
+    assert (looked.returncode, looked.stderr) == (0, "")

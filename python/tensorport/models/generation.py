@@ -221,6 +221,11 @@ class ChatStream(Iterator[HarmonyDelta]):
             **defaults | settings,
         )
         self._deltas = self._run()
+        self._is_stopped = False
+
+    def stop(self) -> None:
+        """Ends the answer where it is: the iterator has what was held back, if anything, and then ends."""
+        self._is_stopped = True
 
     def __next__(self) -> HarmonyDelta:
         """The next piece."""
@@ -229,7 +234,7 @@ class ChatStream(Iterator[HarmonyDelta]):
     def _run(self) -> Iterator[HarmonyDelta]:
         for (ids,), _ in self._generation.steps():
             yield from self._parser.push(ids)
-            if self._parser.stopped is not None:
+            if self._is_stopped or self._parser.stopped is not None:
                 break
         yield from self._parser.finish()
 

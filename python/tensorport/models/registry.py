@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -20,7 +21,8 @@ class Loaded:
 
     Attributes:
         decoder: its functions: a :class:`tensorport.text.decoder.Decoder` with `config`, `vocab_size`,
-            `max_positions`, `forward` and `bytes_per_token`.
+            `max_positions`, `forward`, `bytes_per_token` and `layers`, which has `name`, `stream` and `experts` of
+            each part of the model.
         params: its weights.
         report: what reading them took.
     """
@@ -38,11 +40,13 @@ class Architecture:
         model_type: as config.json names it.
         load: takes the source, the fields of config.json, where these are from, and what :func:`tensorport.load_model`
             was asked for.
+        check: takes the first three of these, and raises what loading would raise before it reads tensors.
         recognises: whether a config.json without `model_type` is of this kind.
     """
 
     model_type: str
     load: Callable[..., Loaded]
+    check: Callable[[str | os.PathLike[str], Mapping[str, Any], str], None]
     recognises: Callable[[Mapping[str, Any]], bool] = lambda _: False
 
 

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from tensorport.kernels.registry import ImplementationName
 from tensorport.models.gpt_oss.config import Config, is_original
 from tensorport.models.gpt_oss.decoder import GptOss
-from tensorport.models.gpt_oss.params import load_model_params
+from tensorport.models.gpt_oss.params import check_model_params, load_model_params
 from tensorport.models.gpt_oss.sharding import auto_mesh, sharding_rules
 from tensorport.models.registry import Architecture, Loaded
 from tensorport.progress import Progress
@@ -41,4 +41,8 @@ def _load(
     return Loaded(GptOss(config, mesh, implementation), params, report)
 
 
-ARCHITECTURE = Architecture("gpt_oss", _load, is_original)
+def _check(source: str | os.PathLike[str], fields: Mapping[str, Any], where: str) -> None:
+    check_model_params(source, Config.from_json(fields, where))
+
+
+ARCHITECTURE = Architecture("gpt_oss", _load, _check, is_original)

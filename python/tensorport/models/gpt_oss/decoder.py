@@ -1,6 +1,7 @@
 """gpt-oss as generation sees it: the pure functions with their configuration bound."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 from tensorport.kernels.registry import ImplementationName
 from tensorport.models.gpt_oss.cache import Cache, empty_cache
 from tensorport.models.gpt_oss.config import Config
+from tensorport.models.gpt_oss.layers import LayerOutput, layer_outputs
 from tensorport.models.gpt_oss.model import forward, hidden_states, logits_of
 from tensorport.models.gpt_oss.sharding import cache_sharding
 
@@ -59,6 +61,12 @@ class GptOss:
     def logits(self, params: Any, x: Float[Array, "*batch h"]) -> Float[Array, "*batch v"]:
         """Logits of the token after each of those."""
         return logits_of(params, x, implementation=self.implementation)
+
+    def layers(self, params: Any, tokens: Int32[Array, "b t"]) -> Iterator[LayerOutput]:
+        """What comes out of each layer, without a cache; of the last one :meth:`logits` makes logits."""
+        if self.mesh is not None:
+            raise NotImplementedError("layer by layer on a mesh")
+        return layer_outputs(params, self.config, tokens, implementation=self.implementation)
 
     def empty_cache(self, params: Any, batch: int, max_length: int) -> Cache:
         """Room for `max_length` tokens of each row, in the dtype of the parameters."""

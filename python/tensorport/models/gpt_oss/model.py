@@ -19,10 +19,21 @@ from tensorport.kernels.linear.api import linear
 from tensorport.kernels.registry import ImplementationName
 from tensorport.kernels.tiles import accumulator_dtype
 from tensorport.models.gpt_oss.cache import Cache, LayerCache
-from tensorport.models.gpt_oss.config import Config, Rope
+from tensorport.models.gpt_oss.config import Config, LayerType, Rope
 from tensorport.models.gpt_oss.experts import mixture_of_experts
 
-__all__ = ["attend", "forward", "hidden_states", "logits_of", "rotary_table", "rotate"]
+__all__ = [
+    "add_attention",
+    "add_experts",
+    "attend",
+    "embed",
+    "forward",
+    "hidden_states",
+    "logits_of",
+    "rms_norm",
+    "rotary_table",
+    "rotate",
+]
 
 Params: TypeAlias = Mapping[str, Any]
 
@@ -81,21 +92,15 @@ def hidden_states(
     rope = rotary_table(config.rope, config.head_dim, positions)
 
     model = params["model"]
-    embeddings = model["embed_tokens"]["weight"]
-    x = jnp.take(embeddings, jnp.clip(tokens, 0, config.vocab_size - 1), axis=0)  # [b, t, h]
+    x = embed(params, tokens)
     layer_caches: list[LayerCache] = []
     for index, kind in enumerate(config.layer_types):
         layer = model["layers"][str(index)]
-        window = config.sliding_window if kind == "sliding_attention" else None
         layer_cache = None if cache is None else cache.layers[index]
-
-        normed = rms_norm(x, layer["input_layernorm"]["weight"], config.rms_norm_eps)
-        mixed, layer_cache = self_attention(
-            layer["self_attn"], config, normed, rope, positions, lengths, layer_cache, window, implementation
+        x, layer_cache = add_attention(
+            layer, config, kind, x, rope, positions, lengths, layer_cache, implementation=implementation
         )
-        x += mixed
-        normed = rms_norm(x, layer["post_attention_layernorm"]["weight"], config.rms_norm_eps)
-        x += mixture_of_experts(layer["mlp"], config, normed, positions >= 0, mesh, implementation)
+        x = add_experts(layer, config, x, positions, mesh=mesh, implementation=implementation)
         if layer_cache is not None:
             layer_caches.append(layer_cache)
 
@@ -104,6 +109,47 @@ def hidden_states(
     if cache is None:
         return x, None
     return x, Cache(tuple(layer_caches), lengths)
+
+
+def embed(params: Params, tokens: Int32[Array, "b t"]) -> Float[Array, "b t h"]:
+    """The stream before the first layer. Tokens that there are not take the nearest: :func:`cannot_be` marks them."""
+    embeddings = params["model"]["embed_tokens"]["weight"]
+    return jnp.take(embeddings, jnp.clip(tokens, 0, len(embeddings) - 1), axis=0)
+
+
+def add_attention(  # noqa: PLR0917 - what the layers share
+    layer: Params,
+    config: Config,
+    kind: LayerType,
+    x: Float[Array, "b t h"],
+    rope: tuple[Float[Array, "b t half_d"], Float[Array, "b t half_d"]],
+    positions: Int32[Array, "b t"],
+    lengths: Int32[Array, " b"],
+    cache: LayerCache | None,
+    *,
+    implementation: ImplementationName,
+) -> tuple[Float[Array, "b t h"], LayerCache | None]:
+    """The first half of a layer: the stream with what its tokens see in each other, and the layer's cache."""
+    window = config.sliding_window if kind == "sliding_attention" else None
+    normed = rms_norm(x, layer["input_layernorm"]["weight"], config.rms_norm_eps)
+    mixed, cache = self_attention(
+        layer["self_attn"], config, normed, rope, positions, lengths, cache, window, implementation
+    )
+    return x + mixed, cache
+
+
+def add_experts(
+    layer: Params,
+    config: Config,
+    x: Float[Array, "b t h"],
+    positions: Int32[Array, "b t"],
+    *,
+    mesh: Mesh | None,
+    implementation: ImplementationName,
+) -> Float[Array, "b t h"]:
+    """The second half of a layer: the stream with what the experts say to each token."""
+    normed = rms_norm(x, layer["post_attention_layernorm"]["weight"], config.rms_norm_eps)
+    return x + mixture_of_experts(layer["mlp"], config, normed, positions >= 0, mesh, implementation)
 
 
 def logits_of(

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from tensorport.checkpoint import Checkpoint
-from tensorport.load import load_split_params
+from tensorport.load import check_split_params, load_split_params
 from tensorport.models.gpt_oss.config import Config
 from tensorport.models.gpt_oss.names import original_names, original_parts, parameter_shapes
 from tensorport.models.gpt_oss.sharding import check_mesh
@@ -16,7 +16,7 @@ from tensorport.progress import Progress
 from tensorport.reports import LoadReport
 from tensorport.sharding import ShardingLike
 
-__all__ = ["load_model_params"]
+__all__ = ["check_model_params", "load_model_params"]
 
 
 def load_model_params(
@@ -45,17 +45,29 @@ def load_model_params(
         raise ValueError(f"dtype: found {dtype.name}, expected bfloat16 or float32")
     if mesh is not None:
         check_mesh(config, mesh)
+    return load_split_params(
+        source, **_layout(source, config, dtype), sharding=sharding, mesh=mesh, workers=workers, progress=progress
+    )
+
+
+def check_model_params(source: str | os.PathLike[str], config: Config) -> None:
+    """Looks whether every tensor has its place, shape and kind of dtype; reads headers and no tensor data.
+
+    Raises:
+        CheckpointError: the headers of the source are wrong.
+        MappingError: says all that does not fit the configuration.
+    """
+    check_split_params(source, **_layout(source, config, jnp.dtype(jnp.bfloat16)))
+
+
+def _layout(source: str | os.PathLike[str], config: Config, dtype: DTypeLike) -> dict[str, Any]:
+    """What is to be made of a checkpoint, by its layout."""
     names = Checkpoint(source).specs
     is_original = any(name.startswith("block.") for name in names)
     has_codes = any(name.endswith(("_blocks", ".blocks")) for name in names)
-    return load_split_params(
-        source,
-        parameter_shapes(config, dtype, dense_experts=not has_codes),
-        parts=original_parts(config) if is_original else {},
-        rename=original_names if is_original else None,
-        dtype=dtype,
-        sharding=sharding,
-        mesh=mesh,
-        workers=workers,
-        progress=progress,
-    )
+    return {
+        "target": parameter_shapes(config, dtype, dense_experts=not has_codes),
+        "parts": original_parts(config) if is_original else {},
+        "rename": original_names if is_original else None,
+        "dtype": dtype,
+    }

@@ -1,0 +1,67 @@
+"""Flags of the commands that run a model, and what they make of them."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tensorport.commands.terminal import is_terminal
+
+if TYPE_CHECKING:
+    from tensorport.models import LanguageModel
+
+__all__ = ["add_model", "add_sampling", "load", "sampling"]
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The model, and the dtype that it computes in."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a checkpoint or a converted tree, with its config.json",
+    )
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation [default: bfloat16]"
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """How tokens are chosen, and how many."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help=f"at most [default: {max_new_tokens}]"
+    )
+    group.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0: the most likely token each time [default: 1]"
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K most likely tokens")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="draw from the most likely tokens that together have probability P"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="above 1: tokens that were there are rarer"
+    )
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws [default: 0]")
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="end before this text, besides the model's own ends; repeatable"
+    )
+
+
+def sampling(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What :meth:`LanguageModel.generate` and :meth:`LanguageModel.chat` call these flags."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop")
+    return {name: getattr(parsed, name) for name in names}
+
+
+def load(parsed: argparse.Namespace, *, text: bool) -> "LanguageModel":
+    """The model; `text` if it has to have a tokenizer, for which it is refused before gigabytes are read."""
+    from tensorport.models.language_model import load_model, read_config  # noqa: PLC0415 - needs JAX
+
+    if text:
+        from tensorport.text import Tokenizer  # noqa: PLC0415 - as above
+
+        _, config = read_config(parsed.model)
+        Tokenizer.from_directory(config.parent)
+    return load_model(parsed.model, dtype=parsed.dtype, progress=is_terminal(sys.stderr))
