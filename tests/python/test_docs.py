@@ -26,6 +26,7 @@ PAGES = {
     "docs/mxfp4.md": 1,
     "docs/mxfp4-training.md": 1,
     "docs/nnx.md": 8,
+    "docs/text.md": 1,
 }
 
 TIMEOUT_S = 300

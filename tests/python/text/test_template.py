@@ -64,7 +64,7 @@ TEMPLATES = {
     "broken": "{% for m in messages %}",
     "wrong types": "{{ messages[0].content + 1 }}",
 }
-CHATS = {
+CHATS: dict[str, list[dict[str, Any]]] = {
     "user": USER,
     "parts": [{"role": "user", "content": "  a\n"}, {"role": "assistant", "content": "b", "reasoning": "because"}],
     "none": [{"role": "assistant", "content": "c", "tool_calls": None, "reasoning_content": "so", "n": [1, 2.5, True]}],

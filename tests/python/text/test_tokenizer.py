@@ -166,6 +166,15 @@ def test_a_broken_file_is_named(folder: Path, name: str, content: bytes) -> None
         Tokenizer.from_directory(folder)
 
 
+def test_a_tokenizer_that_makes_the_library_panic_is_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    broken = json.loads((folder / "tokenizer.json").read_text())
+    broken["model"]["continuing_subword_prefix"] = "xyz"
+    write(folder, "tokenizer.json", broken)
+    with pytest.raises(tensorport.CheckpointError, match=r"tokenizer\.json: found no tokenizer that can be read"):
+        Tokenizer.from_directory(folder)
+    assert "panicked" in capfd.readouterr().err  # else this is no test of panics
+
+
 @pytest.mark.parametrize("value", [-1, 2**32, 1.5, True, "2", [1, None], {"a": 1}])
 @pytest.mark.parametrize("field", ["eos_token_id", "pad_token_id"])
 def test_ids_that_are_none_are_refused(folder: Path, field: str, value: object) -> None:
