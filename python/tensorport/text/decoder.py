@@ -153,6 +153,8 @@ class Made(NamedTuple):
 
 
 class Settings(NamedTuple):
+    """What stays the same through all calls of a loop; stop tokens are padded with what no token is."""
+
     sampling: Sampling
     keys: Key[Array, " b"]
     stop_tokens: Int32[Array, " s"]
@@ -168,6 +170,7 @@ def first_token(  # noqa: PLR0917 - as above
     done: Bool[Array, " b"],
     settings: Settings,
 ) -> tuple[Made, Bool[Array, "b v"]]:
+    """One token of each row at `positions`, from what the model made of the last token of its prompt."""
     ids, logprobs, done_after, seen = _draw(decoder.logits(params, x), seen, positions, done, settings)
     count = jnp.where(done, 0, 1).astype(jnp.int32)
     return Made(ids[:, None], logprobs[:, None], count, done_after), seen

@@ -124,8 +124,8 @@ def sample(
     chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]
     greatest = jnp.max(logits, axis=1)
     logprobs = chosen - greatest - jnp.log(jnp.sum(jnp.exp(logits - greatest[:, None]), axis=1))
-    sound = jnp.isfinite(greatest) & ~jnp.any(jnp.isnan(logits), axis=1)
-    return jnp.where(sound, ids, -1), jnp.where(sound, logprobs, jnp.nan)
+    # NaN for NaN and for either infinity as the greatest: each meets itself in a difference or in the sum.
+    return jnp.where(jnp.isnan(logprobs), -1, ids), logprobs
 
 
 def row_keys(seed: int, batch: int) -> Key[Array, " b"]:

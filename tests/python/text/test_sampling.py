@@ -136,6 +136,7 @@ def test_filtered_logits_are_those_of_transformers(settings: tuple[Any, ...]) ->
         ([5, 5, 5, 5, 5], {"top_p": 0.5}, [0, 1, 2, 3, 4]),
         ([5, 5, 5, 5, 5], {"top_p": 1e-30}, [0, 1, 2, 3, 4]),
         ([-4, -9, -5], {"top_p": 1e-30}, [0]),
+        ([-4, -9, -5], {"top_p": 1e-40}, [0]),
         ([-4, -9, -5], {"top_k": 2}, [0, 2]),
         ([1, -np.inf, 2, -np.inf], {"top_k": 3}, [0, 2]),
         ([1, -np.inf, 2, -np.inf], {"top_p": 0.999999}, [0, 2]),
