@@ -15,10 +15,11 @@ import tensorport
 from mxfp4_cases import EPSILON, float64, random_array, temporary_bytes
 from numpy.typing import NDArray
 from tensorport import kernels
-from tensorport.kernels.attention import configs, reference
+from tensorport.kernels.attention import configs, reference, xla
 from tensorport.kernels.attention.api import attention
 from tensorport.kernels.attention.configs import Config
 from tensorport.kernels.attention.types import Settings
+from tensorport.kernels.registry import Device
 
 DTYPES = ["bfloat16", "float16", "float32", "float64"]
 B, T, S, N, G, D = 2, 5, 11, 12, 3, 8  # rows, queries, keys, heads of queries and of keys, width of a head
@@ -102,6 +103,44 @@ def test_values_are_those_of_float64(
         found = function(*args, sliding_window=sliding_window)
     assert (found.dtype, found.shape) == (args[0].dtype, args[0].shape)
     assert_fits(found, args, sliding_window)
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float16", "float16", "float16"),
+        ("float32", "bfloat16", "bfloat16"),
+        ("bfloat16", "float32", "float16"),
+        ("float32", "float64", "float64"),
+        ("float64", "float32", "bfloat16"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_dtypes_may_differ_and_accelerators_round_the_shares(
+    monkeypatch: pytest.MonkeyPatch, platform: str, dtypes: tuple[str, str, str]
+) -> None:
+    """What is compiled for an accelerator runs on a CPU as well."""
+
+    class Elsewhere(Device):
+        @classmethod
+        def of(cls, *_: Any) -> Device:
+            return Device(platform, platform, None)
+
+    monkeypatch.setattr(xla, "Device", Elsewhere)
+    with jax.enable_x64(True):
+        wide = inputs(dtype=jnp.float64)
+        query, key, value = (x.astype(dtype) for x, dtype in zip(wide[:3], dtypes, strict=True))
+        args = (query, key, value, *wide[3:5], wide[5].astype(dtypes[0]))
+        found = attention(*args, sliding_window=4)
+    assert found.dtype == dtypes[0]
+    wanted, bound = expected(args, 4)
+    error = np.abs(float64(found) - wanted)
+    of_shares = EPSILON[dtypes[2]] * np.abs(float64(value)).max()
+    assert np.all(error <= bound + (of_shares if platform == "gpu" else 0))
+    if platform == "gpu" and dtypes[0] in ("float32", "float64") and dtypes[2] == "bfloat16":
+        assert np.any(error > bound), "the shares were not rounded"
 
 
 @pytest.mark.parametrize(("heads", "key_heads"), [(7, 1), (12, 12), (12, 4), (24, 3)])

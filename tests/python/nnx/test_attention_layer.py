@@ -262,12 +262,13 @@ def test_a_cache_of_another_dtype_rounds_keys_and_values() -> None:
 def test_gradients_are_those_of_finite_differences() -> None:
     with jax.enable_x64(True):
         layer = layer_of(params(dtype=jnp.float64), sliding_window=WINDOW)
-        graphdef, trained, codes = nnx.split(layer, nnx.Param, ...)
+        graphdef, trained, *codes = nnx.split(layer, nnx.Param, ...)
         x, direction = (random(TOKENS, HIDDEN, seed=seed, dtype=np.float64) for seed in (3, 4))
         assert layer(x).dtype == jnp.float64
 
+        @jax.jit
         def loss(x: Any, trained: Any) -> Any:
-            return jnp.sum(nnx.merge(graphdef, trained, codes)(x) * direction)
+            return jnp.sum(nnx.merge(graphdef, trained, *codes)(x) * direction)
 
         gradients = jax.grad(loss, (0, 1))(x, trained)
         leaves, structure = jax.tree.flatten((x, trained))
