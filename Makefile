@@ -88,7 +88,7 @@ target/release/tensorport: $(RUST_SOURCES)
 	@touch $@
 
 # One wheel for every Python: the extension is abi3.
-$(WHEEL_STAMP): $(VENV)/.maturin $(RUST_SOURCES) $(shell find python -name '*.py*' -not -path '*/__pycache__/*')
+$(WHEEL_STAMP): $(VENV)/.maturin $(RUST_SOURCES) $(shell find python \( -name '*.py*' -o -name '*.jinja' \) -not -path '*/__pycache__/*')
 	rm -rf dist
 	$(BIN)/maturin build --release --out dist
 	@touch $@

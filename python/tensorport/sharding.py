@@ -11,7 +11,7 @@ from tensorport.errors import MappingError
 from tensorport.leaves import ArraySource, Leaf
 from tensorport.reports import printable
 
-__all__ = ["Region", "ShardingLike", "device_regions", "place"]
+__all__ = ["Region", "ShardingLike", "device_regions", "place", "rule_of"]
 
 Rules: TypeAlias = Sequence[tuple[str | re.Pattern[str], PartitionSpec | None]]
 ShardingLike: TypeAlias = (
@@ -59,10 +59,16 @@ def _chooser(
             f"sharding: found {sharding!r}, expected a Sharding, a device, a callable, or (regex, PartitionSpec) rules "
             "with a mesh"
         )
-    return _rules(sharding, mesh)
+    return rule_of(sharding, mesh)
 
 
-def _rules(rules: Rules, mesh: Mesh | None) -> Callable[[str, jax.ShapeDtypeStruct], Sharding]:
+def rule_of(rules: Rules, mesh: Mesh | None) -> Callable[[str, jax.ShapeDtypeStruct], Sharding]:
+    """The sharding of the first rule that is found in a name.
+
+    Raises:
+        MappingError: by what is returned, where no rule matches.
+        TypeError, ValueError: no rules, or no mesh.
+    """
     if mesh is None:
         raise ValueError("mesh: found None, expected the mesh of the PartitionSpecs in sharding")
     compiled = []

@@ -22,6 +22,7 @@ CHECKED_MODULES = [
     "tensorport.kernels.swiglu",
     "tensorport.kernels.tiles",
     "tensorport.kernels.varying",
+    "tensorport.text.decoder",
     *(
         f"tensorport.kernels.{op}.{module}"
         for op in ("attention", "linear", "mxfp4_matmul", "mxfp4_expert_matmul", "mxfp4_moe")
@@ -66,8 +67,8 @@ _TAGS = {np.dtype(dtype): tag for tag, (dtype, _) in SAFETENSORS_DTYPES.items()}
 
 @pytest.fixture(autouse=True)
 def _strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In tests of kernels nothing is promoted or broadcast that nobody wrote down."""
-    if request.path.parent.name != "kernels":
+    """In tests of kernels and of decoding nothing is promoted or broadcast that nobody wrote down."""
+    if request.path.parent.name not in {"kernels", "text"}:
         yield
         return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):

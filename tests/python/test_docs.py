@@ -19,7 +19,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # Pages, and the devices that JAX has there.
-PAGES = {"README.md": 2, "docs/loading.md": 8, "docs/mxfp4.md": 1, "docs/mxfp4-training.md": 1, "docs/nnx.md": 8}
+PAGES = {
+    "README.md": 2,
+    "docs/gpt-oss.md": 1,
+    "docs/loading.md": 8,
+    "docs/mxfp4.md": 1,
+    "docs/mxfp4-training.md": 1,
+    "docs/nnx.md": 8,
+    "docs/text.md": 1,
+}
 
 TIMEOUT_S = 300
 """For pages that take some ten seconds."""

@@ -246,7 +246,8 @@ print(json.dumps(outcomes))
 
 def test_a_full_disk_ends_synthesize_and_leaves_nothing_in_the_way(disk: Path) -> None:
     outcomes = run(FULL_DISK_SYNTHESIZE, disk, prefix=PRIVATE_MOUNTS)
-    assert assert_full(outcomes, disk) == {"out/model.safetensors.tmp", "out/config.json", "out/generation_config.json"}
+    beside = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    assert assert_full(outcomes, disk) == {f"out/{name}" for name in ["model.safetensors.tmp", *beside]}
 
 
 # Arguments: disk, source, options.

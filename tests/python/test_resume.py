@@ -290,12 +290,12 @@ def test_overwriting_twice_leaves_nothing_of_the_first_tree(tmp_path: Path, sour
     # taken as well.
     first, output = tmp_path / "first", tmp_path / "out"
     shutil.copytree(tiny, first)
-    (first / "tokenizer.json").write_text("{}")
+    (first / "vocab.json").write_text("{}")
     tensorport.convert(first, output, progress=False)
     interrupt(source, output, overwrite=True, **VARIANTS["source"])
-    assert not (output / "tokenizer.json").exists()
+    assert not (output / "vocab.json").exists()
     # As a kill leaves it that comes before the first tree's files are removed.
-    (output / "tokenizer.json").write_text("{}")
+    (output / "vocab.json").write_text("{}")
     tensorport.convert(tiny, output, overwrite=True, progress=False)
     tensorport.convert(tiny, tmp_path / "whole", progress=False)
     assert files(output) == files(tmp_path / "whole")

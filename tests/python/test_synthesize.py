@@ -13,6 +13,7 @@ import pytest
 import tensorport
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from tokenizers import Tokenizer
 
 # tensorport.synthesize is the function; its module has the tables.
 module = importlib.import_module("tensorport.synthesize")
@@ -219,6 +220,96 @@ def test_overrides_change_the_configuration_and_the_tensors(tmp_path: Path) -> N
 def test_values_that_real_configurations_have_are_taken(tmp_path: Path, overrides: dict[str, Any]) -> None:
     folder = tensorport.synthesize(tmp_path / "t", "tiny", progress=False, **overrides)
     assert json.loads((folder / "config.json").read_text()).items() >= overrides.items()
+
+
+HARMONY = {"startoftext", "endoftext", "return", "constrain", "channel", "start", "end", "message", "call"}
+
+# openai/gpt-oss, gpt_oss/tokenizer.py.
+GPT_OSS_IDS = {"<|startoftext|>": 199998, "<|endoftext|>": 199999, "<|return|>": 200002, "<|constrain|>": 200003}
+GPT_OSS_IDS |= {
+    "<|channel|>": 200005,
+    "<|start|>": 200006,
+    "<|end|>": 200007,
+    "<|message|>": 200008,
+    "<|call|>": 200012,
+}
+
+
+@pytest.mark.parametrize("layout", ["huggingface", "original"])
+@pytest.mark.parametrize(
+    ("overrides", "eos", "pad"),
+    [
+        ({}, [518, 517, 516], 517),
+        ({"vocab_size": 265}, [264, 263, 262], 263),
+        ({"vocab_size": 700}, [699, 698, 697], 698),
+        ({"vocab_size": 2000, "eos_token_id": 7}, [7, 1998, 1999], 1998),
+        ({"pad_token_id": 0}, [518, 0, 517], 0),
+        ({"eos_token_id": 300, "pad_token_id": 300}, [300, 518, 517], 300),
+        ({"vocab_size": 201088, "num_hidden_layers": 1}, [200002, 199999, 200012], 199999),
+        ({"vocab_size": 200013, "num_hidden_layers": 1}, [200002, 199999, 200012], 199999),
+        ({"vocab_size": 200012, "num_hidden_layers": 1}, [200011, 200010, 200009], 200010),
+    ],
+    ids=str,
+)
+def test_a_tokenizer_of_the_vocabularys_size_is_written(
+    tmp_path: Path, layout: Layout, overrides: dict[str, int], eos: list[int], pad: int
+) -> None:
+    folder = tensorport.synthesize(tmp_path / "t", "tiny", layout=layout, progress=False, **overrides)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    size = overrides.get("vocab_size", 519)
+    vocab = tokenizer.get_vocab()
+    assert len(set(vocab.values())) == len(vocab)
+    assert max(vocab.values()) < size
+    special = {token: id for token, id in vocab.items() if token in {f"<|{name}|>" for name in HARMONY}}
+    assert len(special) == len(HARMONY)
+    assert {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special} == set(special.values())
+    if size > 200012:
+        assert special == GPT_OSS_IDS
+        assert set(range(199998)) < set(vocab.values())
+    else:
+        assert set(vocab.values()) == set(range(size))
+    assert [special["<|return|>"], special["<|endoftext|>"], special["<|call|>"]] == eos
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (eos, pad)
+    assert generation["bos_token_id"] == special["<|startoftext|>"]
+    if layout == "huggingface":
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["eos_token_id"], config["pad_token_id"]) == (eos[0], pad)
+    tokens = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokens["eos_token"] == "<|return|>"
+    assert tokenizer.token_to_id(tokens["pad_token"]) == pad
+    text = "The people said: 你好, 😀 <|end|>\n\tétude\x00"
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+    assert tokenizer.decode([size - 1, size, 2**31]) == tokenizer.decode([size - 1])
+
+
+def test_common_words_are_one_token(tmp_path: Path) -> None:
+    folder = tensorport.synthesize(tmp_path / "t", "tiny", progress=False, vocab_size=4000)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.encode(" the people think about different words").tokens[:4] == [
+        "Ġthe",
+        "Ġpeople",
+        "Ġthink",
+        "Ġabout",
+    ]
+    # Every id without a marker has a text of its own, for a random model chooses any.
+    texts = [tokenizer.decode([id]) for id in range(256, 4000 - len(HARMONY))]
+    assert len(set(texts)) == len(texts)
+    assert min(map(len, texts)) > 1
+
+
+@pytest.mark.parametrize("overrides", [{"vocab_size": 264}, {"vocab_size": 600, "eos_token_id": 600}], ids=str)
+def test_a_vocabulary_without_room_gets_no_tokenizer(tmp_path: Path, overrides: dict[str, Any]) -> None:
+    folder = tensorport.synthesize(tmp_path / "t", "tiny", progress=False, **overrides)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
+
+
+def test_text_files_travel_with_a_conversion(tmp_path: Path, tiny: Path) -> None:
+    report = tensorport.convert(tiny, tmp_path / "tree", progress=False)
+    copied = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+    assert set(copied) < set(report.copied_files)
+    for name in copied:
+        assert (tmp_path / "tree" / name).read_bytes() == (tiny / name).read_bytes()
 
 
 @pytest.mark.parametrize(

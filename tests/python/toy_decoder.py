@@ -38,7 +38,7 @@ class ToyDecoder:
         broken = broken | jnp.any(real & ((positions >= length) | twice), axis=1)
         written = written.at[rows, jnp.where(real, positions, length)].set(tokens, mode="drop")
 
-        slots = jnp.arange(length, dtype=jnp.uint32)
+        slots = jnp.arange(length, dtype=jnp.uint32)[None, :]
         parts = mixed(written.astype(jnp.uint32) * np.uint32(40503) + slots * np.uint32(2654435761) + params["salt"])
         there = written != NO_TOKEN
         sums = jnp.cumsum(jnp.where(there, parts, np.uint32(0)), axis=1, dtype=jnp.uint32)
@@ -48,18 +48,18 @@ class ToyDecoder:
         # All tokens before stand in the cache, which was never written wrongly.
         sound = real & (jnp.take_along_axis(numbers, at, axis=1) == positions + 1) & ~broken[:, None]
         sound &= positions != params["nan_at"]
-        as_bytes = (state[..., None] >> np.array([0, 8, 16, 24], np.uint32)) & np.uint32(255)
+        as_bytes = (state[..., None] >> jnp.array([[[0, 8, 16, 24]]], jnp.uint32)) & np.uint32(255)
         x = jnp.where(sound[..., None], as_bytes.astype(jnp.float32), jnp.nan)
         return x, {"tokens": written, "broken": broken}
 
     def logits(self, params: Any, x: Any) -> Any:  # noqa: ARG002 - the loop's protocol
         TRACES[self.name, "logits"] += 1
-        shifts = np.array([0, 8, 16, 24], np.uint32)
+        shifts = jnp.array([[0, 8, 16, 24]], jnp.uint32)
         state = jnp.sum(x.astype(jnp.uint32) << shifts, axis=-1, dtype=jnp.uint32)
-        bits = mixed(state[..., None] + jnp.arange(VOCAB_SIZE, dtype=jnp.uint32) * np.uint32(2246822519))
+        bits = mixed(state[:, None] + jnp.arange(VOCAB_SIZE, dtype=jnp.uint32)[None, :] * np.uint32(2246822519))
         # 0 .. 8, in steps that float32 has exactly.
         logits = (bits >> np.uint32(16)).astype(jnp.float32) / np.float32(8192)
-        return jnp.where(jnp.isnan(x[..., :1]), jnp.nan, logits)
+        return jnp.where(jnp.isnan(x[:, :1]), jnp.nan, logits)
 
 
 def toy_params(salt: int = 5, nan_at: int = -1) -> Any:

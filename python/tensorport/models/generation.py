@@ -215,7 +215,8 @@ class ChatStream(Iterator[HarmonyDelta]):
         defaults = {"temperature": 1.0}
         self._generation = TextGeneration(
             model,
-            [tokenizer.encode(prompt)],
+            # The template has put in what a tokenizer may add.
+            [tokenizer.encode(prompt, add_special_tokens=False)],
             stop=ids,
             stop_tokens=stop_token_ids(tokenizer),
             **defaults | settings,

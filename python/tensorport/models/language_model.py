@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,20 +145,9 @@ class LanguageModel:
         ids = input_ids if isinstance(input_ids, jax.Array) else _rows(np.asarray(input_ids), self.decoder.vocab_size)
         if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"input_ids: found {ids.dtype} {ids.shape}, expected integers [B, T]")
-        return _logits(self.decoder, self.params, ids)
+        logits: Array = _logits(self.decoder, self.params, ids)
+        return logits
 
-    @overload
-    def generate(
-        self,
-        prompt: str,
-        *,
-        stream: Literal[False] = ...,
-        logprobs: Literal[False] = ...,
-        stats: Literal[False] = ...,
-        **settings: Any,
-    ) -> str: ...
-    @overload
-    def generate(self, prompt: Prompt, **settings: Any) -> Any: ...
     def generate(
         self,
         prompt: Prompt,
@@ -268,7 +257,7 @@ class LanguageModel:
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        variables = {} if reasoning_effort is None else {"reasoning_effort": reasoning_effort}
+        variables: dict[str, Any] = {} if reasoning_effort is None else {"reasoning_effort": reasoning_effort}
         prompt = self.tokenizer.chat_prompt(messages, tools=tools, **variables)
         answer = ChatStream(self, prompt, max_new_tokens=max_new_tokens, **settings)
         return answer if stream else answer.run()

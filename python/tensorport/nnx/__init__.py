@@ -14,6 +14,7 @@ try:
 except ImportError as fault:
     raise ImportError("tensorport.nnx needs Flax: pip install 'tensorport[flax]'") from fault
 
+from tensorport.nnx.attention import AttentionCache, MXFP4Attention
 from tensorport.nnx.embed import MXFP4Embed
 from tensorport.nnx.linear import MXFP4Linear
 from tensorport.nnx.mlp import MXFP4MLP
@@ -21,4 +22,13 @@ from tensorport.nnx.moe import MXFP4MoE
 from tensorport.nnx.quantize import quantize_model
 from tensorport.nnx.variables import MXFP4Param
 
-__all__ = ["MXFP4MLP", "MXFP4Embed", "MXFP4Linear", "MXFP4MoE", "MXFP4Param", "quantize_model"]
+__all__ = [
+    "MXFP4MLP",
+    "AttentionCache",
+    "MXFP4Attention",
+    "MXFP4Embed",
+    "MXFP4Linear",
+    "MXFP4MoE",
+    "MXFP4Param",
+    "quantize_model",
+]

@@ -13,6 +13,7 @@ from tensorport.kernels.registry import ImplementationName
 from tensorport.mxfp4 import QuantizationError, QuantizationReport, error_between
 from tensorport.mxfp4.codec import ScaleRule
 from tensorport.mxfp4.params import Where, _predicate
+from tensorport.nnx.attention import MXFP4Attention
 from tensorport.nnx.embed import MXFP4Embed, embed_fault
 from tensorport.nnx.linear import MXFP4Linear, linear_fault
 from tensorport.nnx.mlp import MXFP4MLP
@@ -21,7 +22,7 @@ from tensorport.reports import printable
 
 __all__ = ["quantize_model"]
 
-_OWN: Final = (MXFP4Embed, MXFP4Linear, MXFP4MLP, MXFP4MoE)
+_OWN: Final = (MXFP4Attention, MXFP4Embed, MXFP4Linear, MXFP4MLP, MXFP4MoE)
 
 
 def quantize_model(

@@ -5,7 +5,7 @@ shards, and only their result gets the sharding that is asked for.
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -13,15 +13,22 @@ from jaxtyping import Array
 
 __all__ = ["OutSharding", "explicit_spec", "on_auto_axes"]
 
+R = TypeVar("R")
+
 OutSharding: TypeAlias = PartitionSpec | NamedSharding | None
 """How a result is to be sharded, on a mesh with explicit axes."""
 
 
-def on_auto_axes(function: Callable[..., Array], out_sharding: OutSharding) -> Callable[..., Array]:
-    """The function, compiled for axes that the compiler shards; itself if no sharding of its result is known."""
+def on_auto_axes(function: Callable[..., R], out_sharding: Any) -> Callable[..., R]:
+    """The function, compiled for axes that the compiler shards; itself if no sharding of its result is known.
+
+    Args:
+        function: takes arrays and trees of them.
+        out_sharding: an `OutSharding`, or a tree of them where the result is a tree.
+    """
     if out_sharding is None:
         return function
-    on_auto: Callable[..., Array] = jax.sharding.auto_axes(function, out_sharding=out_sharding)
+    on_auto: Callable[..., R] = jax.sharding.auto_axes(function, out_sharding=out_sharding)
     return on_auto
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ _SMALLEST_CHUNK = 16
 """Where the sizes of chunks begin that are compiled for."""
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """A model as the loop sees it. Frozen and hashable: it is a static argument of jitted functions.
 
@@ -152,6 +153,8 @@ class Made(NamedTuple):
 
 
 class Settings(NamedTuple):
+    """What stays the same through all calls of a loop; stop tokens are padded with what no token is."""
+
     sampling: Sampling
     keys: Key[Array, " b"]
     stop_tokens: Int32[Array, " s"]
@@ -167,6 +170,7 @@ def first_token(  # noqa: PLR0917 - as above
     done: Bool[Array, " b"],
     settings: Settings,
 ) -> tuple[Made, Bool[Array, "b v"]]:
+    """One token of each row at `positions`, from what the model made of the last token of its prompt."""
     ids, logprobs, done_after, seen = _draw(decoder.logits(params, x), seen, positions, done, settings)
     count = jnp.where(done, 0, 1).astype(jnp.int32)
     return Made(ids[:, None], logprobs[:, None], count, done_after), seen
@@ -195,10 +199,13 @@ def more_tokens(  # noqa: PLR0917 - as above
 
     def one_more(state: tuple[Any, ...]) -> tuple[Any, ...]:
         n, tokens, made, cache, seen = state
+        # What hangs on the weights alone XLA would compute before the loop, such as all of them in float32: on CPU it
+        # keeps that copy of each matrix in memory, and makes it anew in every dispatch. Bound to `n`, they look new.
+        n, weights = jax.lax.optimization_barrier((n, params))
         active = ~made.done
         fed = jnp.where(active, positions + n, -1)
-        x, cache = decoder.hidden(params, tokens[:, None], cache, fed[:, None])
-        ids, logprobs, done, seen = _draw(decoder.logits(params, x[:, 0]), seen, fed + 1, made.done, settings)
+        x, cache = decoder.hidden(weights, tokens[:, None], cache, fed[:, None])
+        ids, logprobs, done, seen = _draw(decoder.logits(weights, x[:, 0]), seen, fed + 1, made.done, settings)
         made = Made(
             made.ids.at[:, n].set(ids),
             made.logprobs.at[:, n].set(logprobs),
@@ -215,7 +222,7 @@ def more_tokens(  # noqa: PLR0917 - as above
 
 
 def _draw(
-    logits: Float32[Array, "b v"],
+    logits: Float32[Array, "b vocab_size"],
     seen: Bool[Array, "b v"],
     positions: Int32[Array, " b"],
     done: Bool[Array, " b"],

@@ -255,16 +255,13 @@ class HarmonyParser:
         header = self._header
         name = _first_word(self._header_text().partition("<|channel|>")[2])
         self._begin(HarmonyMessage("assistant", name if name in CHANNELS else "final", None, None, ""))
+        marker = next((place for place, token_id in enumerate(header) if token_id == self._channel), len(header))
+        before, behind = self._stream.push(header[:marker]), self._stream.push(header[marker:])
         if name in CHANNELS:
-            markers = [position for position, token_id in enumerate(header) if token_id == self._channel]
-            text = self._stream.push(header[markers[0] + 1 :] if markers else header)
-            text = text.lstrip().removeprefix(name).lstrip()
-        else:
-            text = self._stream.push(header)
-            # `<|start|>assistant` and no header behind it: the role is no text.
-            if self._role is None and _first_word(text) in _ROLES:
-                text = text.lstrip().removeprefix(_first_word(text)).lstrip()
-        self._add(text, deltas)
+            before, behind = "", _without_first(behind, CHANNELS)
+        elif self._role is None:
+            before = _without_first(before, _ROLES)
+        self._add(before + behind, deltas)
 
     def _add(self, text: str, deltas: list[HarmonyDelta]) -> None:
         if not text or self._current is None:
@@ -332,6 +329,11 @@ def _words(text: str) -> list[str]:
 def _first_word(text: str) -> str:
     match = re.match(r"\s*([^\s<]*)", text)
     return match[1] if match else ""
+
+
+def _without_first(text: str, words: tuple[str, ...]) -> str:
+    word = _first_word(text)
+    return text.lstrip().removeprefix(word).lstrip() if word in words else text
 
 
 def _json_object(text: str) -> dict[str, Any] | None:

@@ -124,8 +124,8 @@ def sample(
     chosen = jnp.take_along_axis(logits, ids[:, None], axis=1)[:, 0]
     greatest = jnp.max(logits, axis=1)
     logprobs = chosen - greatest - jnp.log(jnp.sum(jnp.exp(logits - greatest[:, None]), axis=1))
-    sound = jnp.isfinite(greatest) & ~jnp.any(jnp.isnan(logits), axis=1)
-    return jnp.where(sound, ids, -1), jnp.where(sound, logprobs, jnp.nan)
+    # NaN for NaN and for either infinity as the greatest: each meets itself in a difference or in the sum.
+    return jnp.where(jnp.isnan(logprobs), -1, ids), logprobs
 
 
 def row_keys(seed: int, batch: int) -> Key[Array, " b"]:
@@ -150,7 +150,7 @@ def _penalised(logits: Float32[Array, "b v"], sampling: Sampling, seen: Bool[Arr
 
 def _drawn_from(penalised: Float32[Array, "b v"], sampling: Sampling) -> Float32[Array, "b v"]:
     # What the greatest logit divided by its temperature cannot exceed, lest it become infinite; so cold, all is greedy.
-    coldest = jnp.maximum(_F32.tiny, jnp.abs(jnp.max(penalised, axis=1)) / 1e38)
+    coldest = jnp.maximum(_F32.tiny, jnp.abs(jnp.max(penalised, axis=1)) * 1e-37)
     scaled = penalised / jnp.maximum(sampling.temperature, coldest)[:, None]
     random = sampling.temperature > 0
     uses_k, uses_p = random & (sampling.top_k > 0), random & (sampling.top_p < 1)

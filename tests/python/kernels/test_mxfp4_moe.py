@@ -19,7 +19,7 @@ from mxfp4_cases import float64, random_array, random_weights, temporary_bytes
 from numpy.typing import NDArray
 from tensorport import mxfp4
 from tensorport.kernels.mxfp4_moe import reference
-from tensorport.kernels.mxfp4_moe.types import Activation, Experts
+from tensorport.kernels.mxfp4_moe.types import ELSEWHERE, Activation, Experts
 from tensorport.mxfp4 import MXFP4Array
 
 E, H, WIDTH, CHOICES = 6, 96, 160, 3  # experts, stream, width between the layers, experts of a token
@@ -97,6 +97,30 @@ def test_a_token_with_an_index_that_no_expert_has_becomes_nan_and_no_other() -> 
         found = np.asarray(function(*args))
         assert np.isnan(found[[1, 3]]).all()
         np.testing.assert_allclose(found[[0, 2, 4]], np.asarray(mxfp4.moe(*inputs(5)))[[0, 2, 4]], atol=1e-4)
+
+
+def test_pairs_elsewhere_add_nothing_and_have_no_gradient() -> None:
+    args = list(inputs(5))
+    args[1] = args[1].at[1, 0].set(ELSEWHERE).at[3].set(ELSEWHERE)
+    is_here = np.asarray(args[1]) != ELSEWHERE
+    without = [*args]
+    without[1], without[2] = jnp.where(is_here, args[1], 0), jnp.where(is_here, args[2], 0)
+    wanted = np.asarray(mxfp4.moe(*without))
+    for function in (mxfp4.moe, moe_reference):
+        found = np.asarray(function(*args))
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
+        np.testing.assert_array_equal(found[3], np.zeros(H))
+
+        def loss(x: Any, weights: Any, function: Any = function) -> Any:
+            return jnp.sum(function(x, args[1], weights, *args[3:]))
+
+        of_x, of_weights = jax.grad(loss, (0, 1))(args[0], args[2])
+        np.testing.assert_array_equal(of_x[3], np.zeros(H))
+        np.testing.assert_array_equal(np.asarray(of_weights) != 0, is_here)
+    # Beside one that no expert has, the token is NaN all the same.
+    args[1] = args[1].at[3, 1].set(E)
+    for function in (mxfp4.moe, moe_reference):
+        np.testing.assert_array_equal(np.isnan(np.asarray(function(*args))).all(axis=1), np.arange(5) == 3)
 
 
 def test_nan_in_one_token_stays_there() -> None:

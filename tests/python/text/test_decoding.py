@@ -14,11 +14,13 @@ from jax.sharding import PartitionSpec as P
 from tensorport.text import decoder as device
 from tensorport.text import decoding
 from tensorport.text.decoding import Decoding, Step, decode
-from tensorport.text.sampling import Sampling, row_keys
+from tensorport.text.sampling import Sampling, row_keys, sample, token_keys
 from toy_decoder import NO_TOKEN, TRACES, VOCAB_SIZE, ToyDecoder, greedy, log_softmax, toy_params, true_logits
 
 PROMPTS = [[3, 1, 4, 1, 5], [9], [(7 * i + 2) % VOCAB_SIZE for i in range(23)]]
 """Shorter and longer than a chunk of 4, one of a single token."""
+
+sample_jit = jax.jit(sample)
 
 
 def start(prompts: Any = PROMPTS, max_new_tokens: int = 12, name: str = "toy", **settings: Any) -> Decoding:
@@ -86,6 +88,19 @@ def test_a_seed_gives_the_same_tokens_again_and_another_one_others() -> None:
     first = joined(start(seed=1))
     assert first == joined(start(seed=1))
     assert first[0] != joined(start(seed=2))[0]
+
+
+def test_each_draw_has_the_key_of_its_row_and_position() -> None:
+    settings: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2}
+    ids, _ = joined(start(seed=6, **settings))
+    for row, (prompt, new) in enumerate(zip(PROMPTS, ids, strict=True)):
+        for n, token in enumerate(new):
+            context = prompt + new[:n]
+            seen = np.isin(np.arange(VOCAB_SIZE), context)
+            keys = token_keys(row_keys(6, 3)[row : row + 1], jnp.array([len(context)], jnp.int32))
+            logits = jnp.asarray(true_logits(context))[None]
+            drawn, _ = sample_jit(logits, Sampling.of(1, **settings), jnp.asarray(seen)[None], keys)
+            assert int(drawn[0]) == token
 
 
 def test_rows_with_the_same_prompt_are_drawn_apart() -> None:
@@ -189,6 +204,26 @@ def test_the_cache_is_donated_and_changed_in_place() -> None:
     assert analysis.alias_size_in_bytes >= nbytes
     device.more_tokens(*arguments)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((cache, seen)))
+
+
+@dataclass(frozen=True)
+class WeightedDecoder(ToyDecoder):
+    """With one large matrix in bfloat16, times what the toy makes of each token, summed in float32."""
+
+    def hidden(self, params: Any, tokens: Any, cache: Any, positions: Any) -> Any:
+        x, cache = super().hidden(params, tokens, cache, positions)
+        matrix = params["matrix"].astype(jnp.float32)
+        rows = jnp.sum(matrix[None, None] * jnp.tile(x, matrix.shape[1] // 4)[:, :, None], axis=-1)
+        return x + 0 * rows[..., :4], cache
+
+
+def test_the_loop_keeps_no_second_copy_of_the_weights() -> None:
+    _, place, params, *rest = _after_prefill([False] * 3)
+    matrix = jnp.ones((1000, 1024), jnp.bfloat16)
+    arguments = (WeightedDecoder(), place, params | {"matrix": matrix}, *rest)
+    analysis = device.more_tokens.lower(*arguments).compile().memory_analysis()
+    assert analysis is not None
+    assert analysis.temp_size_in_bytes < matrix.nbytes / 10
 
 
 @pytest.fixture

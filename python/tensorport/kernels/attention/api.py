@@ -55,6 +55,9 @@ def attention(  # noqa: PLR0917 - arrays in the order in which every attention t
     it. Scores and their sums are float32 (float64 where `query` is). On CPU values are mixed in float32, too; on
     accelerators, as flash attention does, the shares are rounded to the dtype of `value` first.
 
+    What stands at position -1 is never read, be it NaN. A score of -inf is as good as a key that is not seen. But a
+    value that is NaN or infinite at a position that is there spoils all queries of its row, those before it too.
+
     Args:
         query: [B, T, N, D], rotated.
         key: [B, S, G, D], rotated; G divides N.
@@ -67,7 +70,8 @@ def attention(  # noqa: PLR0917 - arrays in the order in which every attention t
         implementation: see :func:`tensorport.kernels.explain`.
 
     Returns:
-        [B, T, N, D] in the dtype of `query`. Zero for a query that sees nothing.
+        [B, T, N, D] in the dtype of `query`, on its device. Zero for a query that sees nothing. Differentiable in
+        reverse mode with respect to all floats; scores of a block of queries are in memory at once, for gradients all.
 
     Raises:
         NotImplementedError: the named implementation cannot run here; says why.
@@ -99,6 +103,8 @@ def _check_sizes(  # noqa: PLR0917 - as above
     same_size("S, the number of keys", sizes)
     same_size("G, the number of key heads", {"key": key.shape[2], "value": value.shape[2]})
     same_size("D, the size of a head", {"query": head_dim, "key": key.shape[3], "value": value.shape[3]})
+    if not head_dim:
+        raise ValueError("D, the size of a head: found 0, expected at least 1")
     if sinks is not None:
         same_size("N, the number of query heads", {"query": heads, "sinks": sinks.shape[0]})
     if not key.shape[2] or heads % key.shape[2]:

@@ -23,20 +23,25 @@ def attention(  # noqa: PLR0917 - the arguments of the op in their order
 
     Source: openai/gpt-oss, gpt_oss/torch/model.py, sdpa.
     """
-    dtype, highest = accumulator_dtype(query.dtype), jax.lax.Precision.HIGHEST
+    out_dtype, dtype, highest = query.dtype, accumulator_dtype(query.dtype), jax.lax.Precision.HIGHEST
     heads, key_heads = query.shape[2], key.shape[2]
-    key, value = (jnp.repeat(x.astype(dtype), heads // key_heads, axis=2) for x in (key, value))
-    scores = jnp.einsum("btnd,bsnd->bnts", query.astype(dtype), key, precision=highest) * settings.scale
-    distance = query_positions[:, None, :, None] - key_positions[:, None, None, :]
-    is_visible = (distance >= 0) & (key_positions >= 0)[:, None, None, :]
+    query, key, value = (
+        jnp.where((positions >= 0)[:, :, None, None], x.astype(dtype), jnp.zeros((), dtype))
+        for x, positions in ((query, query_positions), (key, key_positions), (value, key_positions))
+    )
+    key, value = (jnp.repeat(x, heads // key_heads, axis=2) for x in (key, value))
+    scores = jnp.einsum("btnd,bsnd->bnts", query, key, precision=highest) * settings.scale
+    at, of = query_positions[:, None, :, None], key_positions[:, None, None, :]
+    is_visible = (of >= 0) & (of <= at)
     if settings.sliding_window is not None:
-        is_visible &= distance < settings.sliding_window
+        is_visible &= at - of < settings.sliding_window
     scores = jnp.where(is_visible, scores, -jnp.inf)
     if sinks is not None:
         column = jnp.broadcast_to(sinks.astype(dtype)[None, :, None, None], (*scores.shape[:3], 1))
         scores = jnp.concatenate([scores, column], axis=-1)
-    shares = jax.nn.softmax(scores, axis=-1)[..., : key.shape[1]]
-    # Without sinks, a query that sees nothing has no softmax.
-    sees_nothing = ~jnp.any(is_visible, axis=-1, keepdims=True)
-    shares = jnp.where(sees_nothing, jnp.zeros((), dtype), shares)
-    return jnp.einsum("bnts,bsnd->btnd", shares, value, precision=highest).astype(query.dtype)
+    # Where nothing is seen, the softmax has nothing to divide by.
+    sees_nothing = jnp.all(jnp.isneginf(scores), axis=-1, keepdims=True)
+    shares = jax.nn.softmax(jnp.where(sees_nothing, jnp.zeros((), dtype), scores), axis=-1)
+    shares = jnp.where(sees_nothing, jnp.zeros((), dtype), shares)[..., : key.shape[1]]
+    mixed = jnp.einsum("bnts,bsnd->btnd", shares, value, precision=highest)
+    return mixed.astype(out_dtype)

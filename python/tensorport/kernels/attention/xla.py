@@ -26,14 +26,21 @@ def attention(  # noqa: PLR0917 - the arguments of the op in their order
     """The weighted mean of values, for each query."""
     (batch, queries, heads, head_dim), (keys, key_heads) = query.shape, key.shape[1:3]
     dtype = accumulator_dtype(query.dtype)
+    # Nothing times NaN is NaN, forwards and backwards: what is not there must be zero before it is multiplied.
+    query, key, value = (
+        jnp.where((positions >= 0)[:, :, None, None], x, jnp.zeros((), x.dtype))
+        for x, positions in ((query, query_positions), (key, key_positions), (value, key_positions))
+    )
     # CPUs convert narrow operands one product at a time, accelerators multiply them as they are.
-    operand = dtype if Device.of(query, key).platform == "cpu" else jnp.promote_types(query.dtype, key.dtype)
+    is_cpu = Device.of(query, key).platform == "cpu"
+    scored = dtype if is_cpu or query.dtype != key.dtype else key.dtype
+    mixed = dtype if is_cpu or value.dtype == jnp.float64 else value.dtype
     grouped = query.reshape(batch, queries, key_heads, heads // key_heads, head_dim)
-    key, value = key.astype(operand), value.astype(operand)
+    key, value = key.astype(scored), value.astype(mixed)
     columns = None if sinks is None else sinks.astype(dtype).reshape(1, key_heads, -1, 1, 1)
 
     def block(query: Float[Array, "b t g m d"], positions: Int32[Array, "b t"]) -> Float[Array, "b t g m d"]:
-        scores = _dot("btgmd,bsgd->bgmts", query.astype(operand), key, dtype) * jnp.asarray(settings.scale, dtype)
+        scores = _dot("btgmd,bsgd->bgmts", query.astype(scored), key, dtype) * jnp.asarray(settings.scale, dtype)
         visible = _visible(positions, key_positions, settings.sliding_window)[:, None, None]
         scores = jnp.where(visible, scores, -jnp.inf)
         largest = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
@@ -46,7 +53,7 @@ def attention(  # noqa: PLR0917 - the arguments of the op in their order
         if columns is not None:
             total += jnp.exp(columns - largest)
         shares /= jnp.where(total == 0, jnp.ones((), dtype), total)
-        return _dot("bgmts,bsgd->btgmd", shares.astype(operand), value, dtype).astype(query.dtype)
+        return _dot("bgmts,bsgd->btgmd", shares.astype(mixed), value, dtype).astype(query.dtype)
 
     block_t = Config.choose(batch, queries, heads, keys).block_t
     if block_t >= queries:
@@ -78,9 +85,9 @@ def _in_blocks(
 def _visible(
     query_positions: Int32[Array, "b t"], key_positions: Int32[Array, "b s"], sliding_window: int | None
 ) -> Bool[Array, "b t s"]:
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
-    visible = (distance >= 0) & (key_positions >= 0)[:, None, :]
-    return visible if sliding_window is None else visible & (distance < sliding_window)
+    query_positions, key_positions = query_positions[:, :, None], key_positions[:, None, :]
+    visible = (key_positions >= 0) & (key_positions <= query_positions)
+    return visible if sliding_window is None else visible & (query_positions - key_positions < sliding_window)
 
 
 def _dot(equation: str, lhs: Array, rhs: Array, dtype: jnp.dtype) -> Array:

@@ -1,5 +1,8 @@
 """dense_moe: the mixture of experts with matrices that are not MXFP4, as dequantized checkpoints have them."""
 
+from functools import partial
+
+import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
@@ -52,11 +55,19 @@ def dense_moe(  # noqa: PLR0917 - the order of mxfp4.moe
 ) -> Float[Array, "t h"]:
     """As :func:`tensorport.mxfp4.moe`, with dense matrices. Not differentiable in reverse mode.
 
-    Only the experts that have tokens are touched.
+    Only the experts that have tokens are touched. A pair with the index `ELSEWHERE` adds nothing, as there.
 
     Raises:
         NotImplementedError: the named implementation cannot run here; says why.
         TypeError, ValueError: dtypes or shapes do not fit.
     """
     inputs = _arguments(x, router_indices, router_weights, gate_up, gate_up_bias, down, down_bias)
-    return OP.choose(implementation, *inputs).run(*inputs, Activation(float(limit), float(alpha)))
+    activation = Activation(float(limit), float(alpha))
+    out: Array = _run(OP.choose(implementation, *inputs).name, activation, inputs)
+    return out
+
+
+# One program, as mxfp4.moe is: a loop of single operations would keep nothing of what is said above.
+@partial(jax.jit, static_argnums=(0, 1))
+def _run(implementation: str, activation: Activation, inputs: tuple[Array, Array, Array, DenseExperts]) -> Array:
+    return OP.implementations[implementation].run(*inputs, activation)

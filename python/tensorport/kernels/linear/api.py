@@ -1,12 +1,14 @@
 """linear: checked once, computed by one of several implementations."""
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from tensorport.kernels.arguments import float_array, same_size
 from tensorport.kernels.linear import xla
 from tensorport.kernels.registry import Implementation, ImplementationName, Op
+from tensorport.mxfp4.codec import FLOATS
 
 __all__ = ["OP", "linear"]
 
@@ -49,5 +51,7 @@ def linear(
         TypeError, ValueError: dtypes or shapes do not fit.
     """
     inputs = _arguments(x, weight, bias)
-    dtype = inputs[0].dtype if out_dtype is None else out_dtype
+    dtype = inputs[0].dtype if out_dtype is None else jnp.dtype(out_dtype)
+    if dtype.name not in FLOATS:
+        raise TypeError(f"out_dtype: found {dtype.name}, expected one of {', '.join(FLOATS)}")
     return OP.choose(implementation, *inputs).run(*inputs, dtype)

@@ -27,7 +27,7 @@ def linear(
     dtype = accumulator_dtype(x.dtype)
     *batch, k = x.shape
     rows = x.reshape(math.prod(batch), k)
-    operand = jnp.promote_types(x.dtype, weight.dtype)
+    operand = x.dtype if x.dtype == weight.dtype else dtype
     is_row_on_cpu = rows.shape[0] == 1 and Device.of(x, weight).platform == "cpu"
     if is_row_on_cpu and (operand != jnp.bfloat16 or not _has_bfloat16_dot()):
         # XLA makes one loop of this, which reads the matrix once and needs no memory.

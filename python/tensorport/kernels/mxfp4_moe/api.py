@@ -68,7 +68,8 @@ def moe(  # noqa: PLR0917 - the order of the contract
 
     Args:
         x: bfloat16, float16, float32 or float64 [T, H].
-        router_indices: the experts of each token [T, k]. A token with an index that is not in 0 .. E - 1 becomes NaN.
+        router_indices: the experts of each token [T, k]. A token with an index that is not in 0 .. E - 1 becomes NaN;
+            but a pair with `kernels.mxfp4_moe.types.ELSEWHERE` adds nothing.
         router_weights: [T, k].
         gate_up: codes and scales of [E, 2 I, H], gate and up interleaved along the second axis.
         gate_up_bias: [E, 2 I].

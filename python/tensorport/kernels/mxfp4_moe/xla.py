@@ -52,6 +52,8 @@ def multiply(
     """X . w[index] transposed, in the accumulator's dtype."""
     if isinstance(w, MXFP4Array):
         return product(x, w, index, block_n=block_n)
+    # Behind a barrier within the loop, or XLA on CPU, which slices no bfloat16, converts the whole stack before it.
+    w, index = jax.lax.optimization_barrier((w, index))
     matrix = jax.lax.dynamic_index_in_dim(w, index, keepdims=False)
     return linear(x, matrix, None, accumulator_dtype(x.dtype))
 

@@ -11,6 +11,8 @@ from typing import Any
 from tensorport.errors import CheckpointError
 from tensorport.models.gpt_oss.cache import Cache, empty_cache
 from tensorport.models.gpt_oss.config import Config, Rope
+from tensorport.models.gpt_oss.decoder import GptOss
+from tensorport.models.gpt_oss.memory import DeviceMemory, memory_per_device
 from tensorport.models.gpt_oss.model import forward
 from tensorport.models.gpt_oss.params import load_model_params
 from tensorport.models.gpt_oss.sharding import sharding_rules
@@ -20,12 +22,15 @@ from tensorport.models.registry import architecture_of
 __all__ = [
     "Cache",
     "Config",
+    "DeviceMemory",
+    "GptOss",
     "Rope",
     "empty_cache",
     "forward",
     "load",
     "load_config",
     "load_model_params",
+    "memory_per_device",
     "sharding_rules",
 ]
 

@@ -11,7 +11,7 @@ from tensorport.kernels.registry import ImplementationName
 from tensorport.models.gpt_oss.config import Config, is_original
 from tensorport.models.gpt_oss.decoder import GptOss
 from tensorport.models.gpt_oss.params import check_model_params, load_model_params
-from tensorport.models.gpt_oss.sharding import sharding_rules
+from tensorport.models.gpt_oss.sharding import auto_mesh, sharding_rules
 from tensorport.models.registry import Architecture, Loaded
 from tensorport.progress import Progress
 from tensorport.sharding import ShardingLike
@@ -32,8 +32,9 @@ def _load(
     progress: Progress,
 ) -> Loaded:
     config = Config.from_json(fields, where)
-    if mesh is not None and sharding is None:
-        sharding = sharding_rules(mesh)
+    if mesh is not None:
+        mesh = auto_mesh(mesh)
+        sharding = sharding_rules(mesh) if sharding is None else sharding
     params, report = load_model_params(
         source, config, dtype=dtype, sharding=sharding, mesh=mesh, workers=workers, progress=progress
     )

@@ -25,6 +25,21 @@ class LayerCache(NamedTuple):
     keys: Float[Array, "b slots g d"]
     values: Float[Array, "b slots g d"]
 
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        slots: int,
+        key_heads: int,
+        head_dim: int,
+        *,
+        dtype: DTypeLike,
+        sharding: jax.sharding.NamedSharding | None = None,
+    ) -> "LayerCache":
+        """Slots that hold nothing: [batch, slots, key_heads, head_dim] twice."""
+        shape = (batch, slots, key_heads, head_dim)
+        return cls(jnp.zeros(shape, dtype, device=sharding), jnp.zeros(shape, dtype, device=sharding))
+
     def positions(self, lengths: Int32[Array, " b"]) -> Int32[Array, "b slots"]:
         """The position in each slot when a row has so many tokens; -1 where there is none yet."""
         slots = self.keys.shape[1]
@@ -100,9 +115,9 @@ def empty_cache(
     if batch < 1 or max_length < 1:
         raise ValueError(f"empty_cache: found batch {batch} and max_length {max_length}, expected at least 1 of each")
 
-    def zeros(slots: int) -> Array:
-        shape = (batch, slots, config.num_key_value_heads, config.head_dim)
-        return jnp.zeros(shape, dtype, device=sharding)
+    def layer(kind: str) -> LayerCache:
+        slots = config.sliding_window if kind == "sliding_attention" else max_length
+        sizes = batch, slots, config.num_key_value_heads, config.head_dim
+        return LayerCache.empty(*sizes, dtype=dtype, sharding=sharding)
 
-    slots = [config.sliding_window if kind == "sliding_attention" else max_length for kind in config.layer_types]
-    return Cache(tuple(LayerCache(zeros(count), zeros(count)) for count in slots), jnp.zeros(batch, jnp.int32))
+    return Cache(tuple(layer(kind) for kind in config.layer_types), jnp.zeros(batch, jnp.int32))

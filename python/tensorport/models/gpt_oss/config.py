@@ -27,11 +27,11 @@ class Rope:
     """
 
     theta: float
-    factor: float
-    beta_fast: float
-    beta_slow: float
-    original_context: int
-    truncate: bool
+    factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    original_context: int = 4096
+    truncate: bool = False
     attention_factor: float | None = None
 
     def frequencies(self, head_dim: int) -> list[float]:
@@ -154,6 +154,8 @@ class Config:
 
     @classmethod
     def _original(cls, read: "_Reader") -> Self | None:
+        # A conversion that decodes the experts says so there.
+        read.ignore(_DTYPES)
         context = read.integer("initial_context_length")
         rope = Rope(
             theta=read.number("rope_theta"),
@@ -232,11 +234,12 @@ def is_original(fields: Mapping[str, Any]) -> bool:
 
 _MX_BLOCK_SIZE: Final = 32  # OCP MX v1.0
 
-_IGNORED: Final = frozenset({
+_DTYPES: Final = frozenset({"dtype", "torch_dtype"})
+"""How tensors are stored; they say so themselves."""
+
+_IGNORED: Final = _DTYPES | frozenset({
     # What the model is called and what wrote the file.
     "_name_or_path", "architectures", "auto_map", "transformers_version",
-    # How it is stored; the tensors say so themselves.
-    "dtype", "torch_dtype",
     # Tokens: read with the tokenizer.
     "bos_token_id", "eos_token_id", "pad_token_id",
     # Training, and options of other programs.

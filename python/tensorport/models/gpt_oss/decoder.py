@@ -78,8 +78,10 @@ class GptOss:
         return cache._replace(lengths=jax.device_put(cache.lengths, everywhere))
 
     def bytes_per_token(self, params: Any, batch: int = 1) -> int:
-        """Bytes of weights that one step of `batch` rows reads: all, but one row of the embeddings for each token, and
-        of the experts those in use. Of several rows at most so many: they may share experts.
+        """Bytes of weights that a step reads, which makes one token in each of `batch` rows.
+
+        All weights, but of the embeddings a row for each token, and of the experts those in use: of several rows at
+        most so many, for they may share experts.
         """
         config = self.config
         chosen = min(batch * config.num_experts_per_tok, config.num_local_experts)

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int32, Integer
+from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from tensorport.kernels.attention.api import attention
 from tensorport.kernels.linear.api import linear
 from tensorport.kernels.registry import ImplementationName
+from tensorport.kernels.tiles import accumulator_dtype
 from tensorport.models.gpt_oss.cache import Cache, LayerCache
 from tensorport.models.gpt_oss.config import Config, LayerType, Rope
 from tensorport.models.gpt_oss.experts import mixture_of_experts
@@ -24,6 +25,7 @@ from tensorport.models.gpt_oss.experts import mixture_of_experts
 __all__ = [
     "add_attention",
     "add_experts",
+    "attend",
     "embed",
     "forward",
     "hidden_states",
@@ -59,12 +61,12 @@ def forward(
         cache: what came before; None for nothing, and nothing to be kept.
         positions: [B, T], those of a row rising by one from its cache's length on; -1 for padding, which nothing sees
             and whose logits mean nothing. By default no token is padding.
-        mesh: devices that the parameters are spread over, by :func:`sharding_rules`.
+        mesh: devices that the parameters are spread over, by :func:`sharding_rules`; with automatic axes.
         implementation: of the products; see :func:`tensorport.kernels.explain`.
 
     Returns:
-        [B, T, V] float32, and the cache. Logits are NaN where the token or its position cannot be: a token that is not
-        in the vocabulary, a position behind the cache's last slot.
+        [B, T, V] float32, and the cache. Logits are NaN where a token or its position cannot be (one that is not in the
+        vocabulary, or behind the cache's last slot), and at all tokens of its row behind it.
     """
     x, cache = hidden_states(params, config, tokens, cache, positions, mesh=mesh, implementation=implementation)
     return logits_of(params, x, implementation=implementation), cache
@@ -103,20 +105,16 @@ def hidden_states(
             layer_caches.append(layer_cache)
 
     x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
+    x = jnp.where(cannot_be(config, tokens, positions, cache)[..., None], jnp.nan, x)
     if cache is None:
         return x, None
-    max_length = cache.max_length(config)
-    if max_length is not None:
-        x = jnp.where((positions >= max_length)[..., None], jnp.nan, x)
     return x, Cache(tuple(layer_caches), lengths)
 
 
 def embed(params: Params, tokens: Int32[Array, "b t"]) -> Float[Array, "b t h"]:
-    """The stream before the first layer; NaN for tokens that there are not."""
+    """The stream before the first layer. Tokens that there are not take the nearest: :func:`cannot_be` marks them."""
     embeddings = params["model"]["embed_tokens"]["weight"]
-    x = jnp.take(embeddings, tokens, axis=0, mode="fill", fill_value=jnp.nan)  # [b, t, h]
-    # jnp.take counts negative indices from the end.
-    return jnp.where((tokens < 0)[..., None], jnp.nan, x).astype(embeddings.dtype)
+    return jnp.take(embeddings, jnp.clip(tokens, 0, len(embeddings) - 1), axis=0)
 
 
 def add_attention(  # noqa: PLR0917 - what the layers share
@@ -161,6 +159,17 @@ def logits_of(
     return linear(x, params["lm_head"]["weight"], out_dtype=jnp.float32, implementation=implementation)
 
 
+def cannot_be(
+    config: Config, tokens: Int32[Array, "b t"], positions: Int32[Array, "b t"], cache: Cache | None
+) -> Bool[Array, "b t"]:
+    """Tokens out of the vocabulary or behind the last slot of the cache, and all behind them: they would see it."""
+    is_wrong = (tokens < 0) | (tokens >= config.vocab_size)
+    max_length = None if cache is None else cache.max_length(config)
+    if max_length is not None:
+        is_wrong |= positions >= max_length
+    return jax.lax.cummax((is_wrong & (positions >= 0)).astype(jnp.int32), axis=1) > 0
+
+
 def rms_norm(x: Float[Array, "*batch h"], scale: Float[Array, " h"], eps: float) -> Float[Array, "*batch h"]:
     """X over the root of its mean square, times `scale`; in float32, rounded once."""
     x32 = x.astype(jnp.float32)
@@ -189,14 +198,38 @@ def self_attention(  # noqa: PLR0917 - what a layer hands on
     key = rotate(heads("k_proj", config.num_key_value_heads), rope)
     value = heads("v_proj", config.num_key_value_heads)
 
+    mixed, cache = attend(
+        query, key, value, layer["sinks"], positions, lengths, cache, sliding_window, implementation=implementation
+    )
+    mixed = mixed.reshape(*x.shape[:2], -1)
+    return linear(mixed, layer["o_proj"]["weight"], layer["o_proj"]["bias"], implementation=implementation), cache
+
+
+def attend(  # noqa: PLR0917 - as above
+    query: Float[Array, "b t n d"],
+    key: Float[Array, "b t g d"],
+    value: Float[Array, "b t g d"],
+    sinks: Float[Array, " n"] | None,
+    positions: Int32[Array, "b t"],
+    lengths: Int32[Array, " b"],
+    cache: LayerCache | None,
+    sliding_window: int | None,
+    *,
+    implementation: ImplementationName,
+) -> tuple[Float[Array, "b t n d"], LayerCache | None]:
+    """Mixed values of what each query sees, among these tokens and in the cache; and the cache with the tokens in it.
+
+    `lengths` are those of the rows with these tokens. A cache of a sliding window is a ring of that many slots.
+    """
     if cache is None:
         keys, values, key_positions = key, value, positions
     else:
         before, cache = cache, cache.write(key, value, positions, lengths)
         keys, values, key_positions = cache.keys, cache.values, cache.positions(lengths)
-        if sliding_window is not None and x.shape[1] > 1:
+        if sliding_window is not None and key.shape[1] > 1:
             # Tokens have overwritten in the ring what those before them still see.
-            keys, values = jnp.concatenate([before.keys, key], axis=1), jnp.concatenate([before.values, value], axis=1)
+            keys = jnp.concatenate([before.keys, key.astype(before.keys.dtype)], axis=1)
+            values = jnp.concatenate([before.values, value.astype(before.values.dtype)], axis=1)
             seen = jnp.min(jnp.where(positions >= 0, positions, lengths[:, None]), axis=1)
             key_positions = jnp.concatenate([before.positions(seen), positions], axis=1)
 
@@ -206,12 +239,11 @@ def self_attention(  # noqa: PLR0917 - what a layer hands on
         values,
         positions,
         key_positions,
-        layer["sinks"],
+        sinks,
         sliding_window=sliding_window,
         implementation=implementation,
     )
-    mixed = mixed.reshape(*x.shape[:2], -1)
-    return linear(mixed, layer["o_proj"]["weight"], layer["o_proj"]["bias"], implementation=implementation), cache
+    return mixed, cache
 
 
 def rotary_table(
@@ -226,7 +258,8 @@ def rotary_table(
 def rotate(
     x: Float[Array, "b t heads d"], rope: tuple[Float[Array, "b t half_d"], Float[Array, "b t half_d"]]
 ) -> Float[Array, "b t heads d"]:
-    """Turns dimensions i and i + d / 2 together, in float32, rounded once."""
-    cos, sin = (table[:, :, None] for table in rope)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    """Turns dimensions i and i + d / 2 together, in float32 (float64 where `x` is), rounded once."""
+    dtype = accumulator_dtype(x.dtype)
+    cos, sin = (table[:, :, None].astype(dtype) for table in rope)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tensorport.errors import MappingError
 from tensorport.models.gpt_oss.config import Config
 
-__all__ = ["ExpertSpecs", "cache_sharding", "check_mesh", "expert_specs", "rows_spec", "sharding_rules"]
+__all__ = ["ExpertSpecs", "auto_mesh", "cache_sharding", "check_mesh", "expert_specs", "rows_spec", "sharding_rules"]
 
 _AXES = ("data", "expert", "tensor")
 
@@ -95,6 +95,11 @@ def cache_sharding(mesh: Mesh, batch: int) -> NamedSharding:
     """Of keys and values [B, slots, G, D]: heads as the projections that make them."""
     (*rows,) = rows_spec(mesh, batch)
     return NamedSharding(mesh, PartitionSpec(*(rows or [None]), None, _both(mesh), None))
+
+
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """The same devices with automatic axes, which the model needs; those of `jax.make_mesh` are explicit by default."""
+    return Mesh(mesh.devices, mesh.axis_names)
 
 
 def check_mesh(config: Config, mesh: Mesh) -> None:
