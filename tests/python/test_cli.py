@@ -386,6 +386,25 @@ def test_synthesize_refuses_what_it_cannot_do(tmp_path: Path, flags: list[str], 
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
+def test_python_commands_end_quietly_where_nobody_reads(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*PYTHON, "synthesize", "--preset", "tiny", "--output", str(tmp_path / "a")]
+    job = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (job.returncode, job.stderr) == (0, b"")
+    closed = run(["sh", "-c", '"$@" >&-', "sh"], *command[:-1], tmp_path / "b")
+    assert (closed.returncode, closed.stderr) == (0, "")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_python_commands_say_once_that_the_disk_behind_stdout_is_full(tmp_path: Path) -> None:
+    command = [*PYTHON, "synthesize", "--preset", "tiny", "--output", str(tmp_path / "a")]
+    with Path("/dev/full").open("wb") as full:
+        job = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (job.returncode, job.stderr) == (1, b"error: [Errno 28] No space left on device\n")
+
+
 @pytest.mark.parametrize("name", ["synthesize", *MODEL_COMMANDS])
 def test_python_commands_have_help(name: str) -> None:
     shown = run(PYTHON, name, "--help")

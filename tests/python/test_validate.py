@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -165,11 +164,10 @@ def test_tensors_that_exchanged_their_shapes_are_both_named(edited: Edited) -> N
         tensors[q], tensors[o] = tensors[q].reshape(96, 192), tensors[o].reshape(192, 96)
 
     report = tensorport.validate(edited(exchange), max_tokens=45, **FLOAT32)
-    assert report.failures == (
-        f"{ATTENTION}.o_proj.weight: found float32 [192, 96], expected float32 [96, 192]".replace("float32", "bfloat16"),
-        f"{ATTENTION}.q_proj.weight: found float32 [96, 192], expected float32 [192, 96]".replace("float32", "bfloat16"),
-    ) or report.failures == tuple(reversed(report.failures))
-    assert len(report.failures) == 2
+    assert set(report.failures) == {
+        f"{ATTENTION}.q_proj.weight: found bfloat16 [96, 192], expected bfloat16 [192, 96]",
+        f"{ATTENTION}.o_proj.weight: found bfloat16 [192, 96], expected bfloat16 [96, 192]",
+    }
     assert statuses(report) == {
         "config and tensors": "FAILED",
         "values": "ok",
@@ -193,11 +191,12 @@ def test_missing_and_unknown_tensors_are_all_named(edited: Edited) -> None:
 
 
 def test_a_configuration_that_does_not_fit_is_a_failure(edited: Edited) -> None:
-    report = tensorport.validate(edited(num_experts_per_tok=7, unheard_of=1), **FLOAT32)
+    report = tensorport.validate(edited(head_dim=33, unheard_of=1), **FLOAT32)
     assert statuses(report)["config and tensors"] == "FAILED"
-    assert any("num_experts_per_tok: found 7" in failure for failure in report.failures)
-    report = tensorport.validate(shutil.copytree(report.model, report.model.with_name("other")), **FLOAT32)
-    assert not report.ok
+    assert report.failures == (
+        "head_dim: found 33, expected an even number",
+        "found the unknown fields 'unheard_of', expected only known ones",
+    )
 
 
 def test_another_rope_factor_is_found_beside_stored_results(edited: Edited, golden_hf: Path) -> None:
@@ -263,10 +262,9 @@ def test_the_dtype_follows_the_memory(golden_hf: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
-def test_values_are_counted_in_every_float(
-    tmp_path: Path, write_safetensors: Callable[..., Path], dtype: Any
-) -> None:
-    largest = float(ml_dtypes.finfo(dtype).max)
+def test_values_are_counted_in_every_float(tmp_path: Path, write_safetensors: Callable[..., Path], dtype: Any) -> None:
+    # The largest finite number has all bits of the exponent but the last.
+    largest = {np.float16: 65504.0, np.float64: 1.7976931348623157e308}.get(dtype, 3.3895313892515355e38)
     bad = np.array([np.nan, 1, np.inf, 0, -np.inf, largest, -largest], dtype)
     file = write_safetensors(tmp_path / "a.safetensors", {"good": bad[[1, 3, 5, 6]], "bad": bad})
     counts = count_values(tensorport.open(file))

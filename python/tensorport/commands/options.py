@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorport.commands.terminal import is_terminal
+from tensorport.errors import CheckpointError
 
 if TYPE_CHECKING:
     from tensorport.models import LanguageModel
@@ -63,5 +64,8 @@ def load(parsed: argparse.Namespace, *, text: bool) -> "LanguageModel":
         from tensorport.text import Tokenizer  # noqa: PLC0415 - as above
 
         _, config = read_config(parsed.model)
-        Tokenizer.from_directory(config.parent)
+        try:
+            Tokenizer.from_directory(config.parent)
+        except CheckpointError as fault:
+            raise CheckpointError(f"{fault} (tensorport generate --prompt-ids)") from fault
     return load_model(parsed.model, dtype=parsed.dtype, progress=is_terminal(sys.stderr))
