@@ -12,7 +12,7 @@ Prints a table in Markdown, and after it a line of JSON for each job with the fi
 - load: seconds from the call until the model is there; imports are over by then.
 - first token: seconds for a prompt of one token, the first time: what a new process waits, compiling included.
 - prefill: tokens of the prompt per second, the second time.
-- decode: milliseconds per step of all rows, after a prompt of 16 tokens each: half the tokens are made first, unmeasured.
+- decode: milliseconds per step of all rows, after a prompt of 16 tokens each; not counted are the first steps.
 - anonymous: the peak of the process in all this.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt whose prefill is measured")
-    parser.add_argument("--new", type=int, default=32, help="tokens made, half of them measured")
+    parser.add_argument("--new", type=int, default=32, help="tokens made by each row")
     parser.add_argument("--batch", type=int, action="append", help="rows decoded at once; repeatable, 1 by default")
     parser.add_argument("--baseline", help="a Python with torch and transformers")
     parser.add_argument("--only", action="append", help="part of a job's name")
@@ -89,7 +89,7 @@ def _print_table(runs: dict[str, list[dict[str, Any]]], batches: list[int]) -> N
     for name, figures in runs.items():
 
         def median(key: str, figures: list[dict[str, Any]] = figures) -> float:
-            return statistics.median(run[key] for run in figures)
+            return float(statistics.median(run[key] for run in figures))
 
         cells = [name, f"{median('load_s'):.2f} s", f"{median('first_token_s'):.1f} s"]
         cells += [f"{median('prefill_tokens_per_s'):.0f}"]

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ def main() -> None:
     model = tensorport.load_model(source)
     figures = {"load_s": time.perf_counter() - start}
     rng = np.random.default_rng(0)
-    greedy = {"temperature": 0, "ignore_eos": True, "stats": True}
+    greedy: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "stats": True}
 
     start = time.perf_counter()
     model.generate([[1]], max_new_tokens=1, **greedy)
