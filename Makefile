@@ -75,6 +75,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/mxfp4_codec.py --experts 4
 	$(BIN)/python benchmarks/mxfp4_products.py
 	$(BIN)/python benchmarks/mxfp4_codec.py
+	$(BIN)/python benchmarks/generate.py --where $(BENCH_DISK) --batch 1 --batch 4
 
 # Under two minutes on a GPU. BENCH_PYTHON: a Python whose jax drives it; another than the default needs no .venv here.
 bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
