@@ -68,6 +68,17 @@ def test_values_are_those_of_the_formula(tokens: int, dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("tokens", [1, 5, 37])
+def test_transposed_matrices_are_multiplied_as_they_are(tokens: int, dtype: str) -> None:
+    args = decoded(quantized(tokens, dtype), dtype)
+    transposed = [jnp.swapaxes(arg, 1, 2) if arg.ndim == 3 else arg for arg in args]
+    found, wanted = float64(dense_moe(*transposed, transposed=True)), float64(dense_moe(*args))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2 * TOLERANCE[dtype] * np.abs(wanted).max())
+    with pytest.raises(ValueError, match="H, the width of the stream: found 96 in x, 320 in gate_up"):
+        dense_moe(*transposed)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("tokens", [1, 5, 37])
 def test_it_equals_mxfp4_moe_on_the_decoded_matrices(tokens: int, dtype: str) -> None:
     args = quantized(tokens, dtype, seed=11)
     found, wanted = (float64(result) for result in (dense_moe(*decoded(args, dtype)), mxfp4.moe(*args)))

@@ -1,6 +1,8 @@
 """The forward pass of gpt-oss against what transformers and OpenAI's reference computed, cached and not."""
 
+import dataclasses
 import itertools
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import tensorport
 from numpy.typing import NDArray
 from tensorport.models import gpt_oss
@@ -135,6 +138,46 @@ def test_converted_trees_are_the_same_model(tmp_path: Path, layout: str, mxfp4: 
     with np.load(DATA / layout / "golden.npz") as arrays:
         logits, _ = forward(params, config, arrays["input_ids"])
         np.testing.assert_allclose(logits, arrays["logits"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_decoded_experts_as_transformers_saves_them_are_the_same_model(
+    tmp_path: Path, golden_hf: Path, dtype: str
+) -> None:
+    decoded = tensorport.load_params(golden_hf, mxfp4="dequantize", nested=False)
+    tensors = {
+        # [out, in] to [in, out]: what save_pretrained writes for GptOssExperts of transformers.
+        name: np.ascontiguousarray(np.swapaxes(array, 1, 2)) if name.endswith(("gate_up_proj", "down_proj")) else array
+        for name, array in ((name, np.asarray(array)) for name, array in decoded.items())
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "model.safetensors")
+    fields = json.loads((golden_hf / "config.json").read_text())
+    del fields["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    params, config = loaded(tmp_path, dtype)
+    assert params["model"]["layers"]["0"]["mlp"]["experts"]["gate_up_proj"].shape == (6, 96, 320)
+    with np.load(golden_hf / "golden.npz") as arrays:
+        logits, _ = forward(params, config, arrays["input_ids"])
+        one, _ = forward(params, config, arrays["input_ids"][:1, :1])
+        if dtype == "float32":
+            np.testing.assert_allclose(logits, arrays["logits"], rtol=0, atol=1e-4)
+        assert np.median(relative_rms(logits, arrays["logits"])) <= 0.04
+        np.testing.assert_allclose(one, arrays["logits"][:1, :1], rtol=0, atol=1e-4 if dtype == "float32" else 0.3)
+
+
+def test_experts_of_transformers_are_not_divided_by_width(tmp_path: Path, golden_hf: Path) -> None:
+    config = gpt_oss.load_config(golden_hf)
+    shapes = {"model.layers.0.mlp.experts.gate_up_proj": np.zeros((6, 96, 320), np.float32)}
+    safetensors.numpy.save_file(shapes, tmp_path / "model.safetensors")
+    mesh = jax.make_mesh((1, 1), ("expert", "tensor"))
+    with pytest.raises(tensorport.MappingError, match=r"mismatches with the target"):
+        gpt_oss.load_model_params(tmp_path, config, dtype="float32", sharding=gpt_oss.sharding_rules(mesh), mesh=mesh)
+    mesh = jax.make_mesh((2,), ("tensor",))
+    config = dataclasses.replace(config, intermediate_size=320, vocab_size=520)
+    shapes = {"model.layers.0.mlp.experts.gate_up_proj": np.zeros((6, 96, 640), np.float32)}
+    safetensors.numpy.save_file(shapes, tmp_path / "model.safetensors")
+    with pytest.raises(tensorport.MappingError, match=r"found experts \[in, out\], expected \[out, in\] or MXFP4"):
+        gpt_oss.load_model_params(tmp_path, config, dtype="float32", sharding=gpt_oss.sharding_rules(mesh), mesh=mesh)
 
 
 def test_both_layouts_are_loaded_as_the_same_tree(golden_hf: Path, golden_original: Path) -> None:

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from tensorport.mxfp4.types import MXFP4Array
 
-__all__ = ["ELSEWHERE", "Activation", "DenseExperts", "Experts"]
+__all__ = ["ELSEWHERE", "Activation", "DenseExperts", "Experts", "TransposedExperts"]
 
 ELSEWHERE: Final = -(2**30)
 """An index for an expert that another device has, or for none: the pair adds nothing here."""
@@ -34,6 +34,15 @@ class DenseExperts(NamedTuple):
     gate_up: Float[Array, "e i2 h"]
     gate_up_bias: Float[Array, "e i2"]
     down: Float[Array, "e h i"]
+    down_bias: Float[Array, "e h"]
+
+
+class TransposedExperts(NamedTuple):
+    """As :class:`DenseExperts`, with matrices [in, out]: transformers holds decoded ones so."""
+
+    gate_up: Float[Array, "e h i2"]
+    gate_up_bias: Float[Array, "e i2"]
+    down: Float[Array, "e i h"]
     down_bias: Float[Array, "e h"]
 
 

@@ -1,18 +1,20 @@
 """moe in plain JAX: (token, expert) pairs sorted by expert, a chunk of one expert at a time through both its layers."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32, Integer
 
 from tensorport.kernels.grouping import Chunks, chunk_by_expert
 from tensorport.kernels.linear.xla import linear
 from tensorport.kernels.mxfp4_expert_matmul.configs import Config
-from tensorport.kernels.mxfp4_moe.types import ELSEWHERE, Activation, DenseExperts, Experts
+from tensorport.kernels.mxfp4_moe.types import ELSEWHERE, Activation, DenseExperts, Experts, TransposedExperts
 from tensorport.kernels.registry import Device
 from tensorport.kernels.swiglu import clamped_swiglu
 from tensorport.kernels.tiles import accumulator_dtype, product, transposed_product
 from tensorport.kernels.varying import full_alike
-from tensorport.mxfp4.types import MXFP4Array
 
 __all__ = ["moe", "moe_gradients"]
 
@@ -21,7 +23,7 @@ def moe(
     x: Float[Array, "t h"],
     router_indices: Integer[Array, "t k"],
     router_weights: Float[Array, "t k"],
-    experts: Experts | DenseExperts,
+    experts: Experts | DenseExperts | TransposedExperts,
     activation: Activation,
 ) -> Float[Array, "t h"]:
     """The outputs of each token's experts, weighted and summed."""
@@ -30,7 +32,7 @@ def moe(
     if router_indices.size == 0:
         return out.astype(x.dtype)
     config, chunks = _grouped(x, router_indices, experts)
-    weights = router_weights.reshape(-1).astype(dtype)
+    weights, multiply = router_weights.reshape(-1).astype(dtype), _multiply(experts)
 
     def step(number: Int32[Array, ""], out: Float[Array, "t h"]) -> Float[Array, "t h"]:
         pair, is_there = chunks.rows(number, config.block_m)
@@ -46,16 +48,37 @@ def moe(
     return jnp.where(is_valid[:, None], out, jnp.nan).astype(x.dtype)
 
 
-def multiply(
-    x: Float[Array, "m k"], w: MXFP4Array | Float[Array, "e n k"], index: Int32[Array, ""], *, block_n: int
+def _multiply(experts: Experts | DenseExperts | TransposedExperts) -> Callable[..., Float[Array, "m n"]]:
+    """What multiplies rows by one expert's matrix: `(x, w, expert, *, block_n)`, in the accumulator's dtype."""
+    if isinstance(experts, Experts):
+        return product
+    multiply = linear if isinstance(experts, DenseExperts) else _transposed_linear
+
+    def dense_product(x: Array, w: Array, expert: Int32[Array, ""], *, block_n: int) -> Array:
+        del block_n  # a matrix is multiplied as it is
+        # Behind a barrier within the loop, or XLA on CPU, which slices no bfloat16, converts the whole stack before it.
+        w, expert = jax.lax.optimization_barrier((w, expert))
+        matrix = jax.lax.dynamic_index_in_dim(w, expert, keepdims=False)
+        return multiply(x, matrix, None, accumulator_dtype(x.dtype))
+
+    return dense_product
+
+
+def _transposed_linear(
+    x: Float[Array, "m k"], weight: Float[Array, "k n"], bias: None, out_dtype: DTypeLike
 ) -> Float[Array, "m n"]:
-    """X . w[index] transposed, in the accumulator's dtype."""
-    if isinstance(w, MXFP4Array):
-        return product(x, w, index, block_n=block_n)
-    # Behind a barrier within the loop, or XLA on CPU, which slices no bfloat16, converts the whole stack before it.
-    w, index = jax.lax.optimization_barrier((w, index))
-    matrix = jax.lax.dynamic_index_in_dim(w, index, keepdims=False)
-    return linear(x, matrix, None, accumulator_dtype(x.dtype))
+    """As `linear`, for a matrix [in, out]; one row counts as two, for the reason that stands there."""
+    del bias
+    operand = jnp.promote_types(x.dtype, weight.dtype)
+    rows = jnp.concatenate([x, x]) if len(x) == 1 else x
+    out = jax.lax.dot_general(
+        rows.astype(operand),
+        weight.astype(operand),
+        (((1,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=out_dtype,
+    )
+    return out[: len(x)]
 
 
 def moe_gradients(  # noqa: PLR0917 - the arguments of moe in their order
@@ -109,7 +132,7 @@ def moe_gradients(  # noqa: PLR0917 - the arguments of moe in their order
 
 
 def _grouped(
-    x: Float[Array, "t h"], router_indices: Integer[Array, "t k"], experts: Experts | DenseExperts
+    x: Float[Array, "t h"], router_indices: Integer[Array, "t k"], experts: Experts | DenseExperts | TransposedExperts
 ) -> tuple[Config, Chunks]:
     """Pairs by expert: pair number t * k + i is the i-th choice of token t."""
     config = Config.choose(Device.of(x, experts), router_indices.size, experts.gate_up.shape[0])

@@ -15,6 +15,7 @@ from tensorport.kernels.mxfp4_moe.api import moe
 from tensorport.kernels.mxfp4_moe.types import ELSEWHERE
 from tensorport.kernels.registry import ImplementationName
 from tensorport.models.gpt_oss.config import Config
+from tensorport.models.gpt_oss.names import experts_are_transposed
 from tensorport.models.gpt_oss.sharding import expert_specs, rows_spec
 from tensorport.mxfp4.types import MXFP4Array
 
@@ -78,7 +79,9 @@ def _local(
     implementation: ImplementationName,
 ) -> Float[Array, "b t h"]:
     tokens, k = x.shape[0] * x.shape[1], indices.shape[2]
-    function: Any = moe if isinstance(experts[0], MXFP4Array) else dense_moe
+    function: Any = moe
+    if not isinstance(experts[0], MXFP4Array):
+        function = partial(dense_moe, transposed=experts_are_transposed(config, experts[0].shape))
     out: Array = function(
         x.reshape(tokens, -1),
         indices.reshape(tokens, k),

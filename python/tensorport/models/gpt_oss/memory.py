@@ -69,7 +69,7 @@ def memory_per_device(
     mesh = auto_mesh(mesh)
     check_mesh(config, mesh)
     choose = rule_of(sharding_rules(mesh), mesh)
-    params = placed_shapes(parameter_shapes(config, dtype, dense_experts=False), choose)
+    params = placed_shapes(parameter_shapes(config, dtype), choose)
     everywhere = NamedSharding(mesh, PartitionSpec())
     rows = NamedSharding(mesh, rows_spec(mesh, batch))
 

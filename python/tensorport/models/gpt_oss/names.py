@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,20 @@ from tensorport.models.gpt_oss.config import Config
 from tensorport.mxfp4.types import MX_BLOCK_BYTES, MX_BLOCK_SIZE, MXFP4Array
 from tensorport.trees import nested_dict
 
-__all__ = ["original_names", "original_parts", "parameter_shapes"]
+__all__ = ["ExpertLayout", "experts_are_transposed", "original_names", "original_parts", "parameter_shapes"]
 
 
-def parameter_shapes(config: Config, dtype: DTypeLike, *, dense_experts: bool) -> dict[str, Any]:
+ExpertLayout: TypeAlias = Literal["mxfp4", "dense", "transposed"]
+"""How the matrices of experts are stored: MXFP4 or dense [out, in], or dense [in, out] as transformers saves them."""
+
+
+def parameter_shapes(config: Config, dtype: DTypeLike, experts_are: ExpertLayout = "mxfp4") -> dict[str, Any]:
     """Every parameter, as nested dicts of ShapeDtypeStructs: what `load_params` is to make of a checkpoint.
 
     Args:
         config: of the model.
         dtype: of all but MXFP4.
-        dense_experts: experts are dense arrays instead of MXFP4Arrays.
+        experts_are: how the matrices of experts are stored.
     """
     hidden, inter, experts = config.hidden_size, config.intermediate_size, config.num_local_experts
     queries, keys = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
@@ -30,8 +34,8 @@ def parameter_shapes(config: Config, dtype: DTypeLike, *, dense_experts: bool) -
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
     def matrices(rows: int, columns: int) -> Any:
-        if dense_experts:
-            return dense(experts, rows, columns)
+        if experts_are != "mxfp4":
+            return dense(experts, rows, columns) if experts_are == "dense" else dense(experts, columns, rows)
         groups = columns // MX_BLOCK_SIZE
         shapes = (experts, rows, groups, MX_BLOCK_BYTES), (experts, rows, groups)
         return MXFP4Array(*(jax.ShapeDtypeStruct(shape, jnp.dtype(jnp.uint8)) for shape in shapes))
@@ -62,6 +66,12 @@ def parameter_shapes(config: Config, dtype: DTypeLike, *, dense_experts: bool) -
         }
     shapes |= {"model.norm.weight": dense(hidden), "lm_head.weight": dense(config.vocab_size, hidden)}
     return nested_dict(list(shapes), list(shapes.values()))
+
+
+def experts_are_transposed(config: Config, gate_up_shape: tuple[int, ...]) -> bool:
+    """Whether dense matrices of experts are [in, out]: the shape of gate and up says so, unless it is square."""
+    hidden, width = config.hidden_size, 2 * config.intermediate_size
+    return hidden != width and gate_up_shape[1:] == (hidden, width)
 
 
 def original_parts(config: Config) -> dict[str, dict[str, int]]:
