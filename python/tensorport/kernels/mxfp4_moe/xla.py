@@ -69,7 +69,7 @@ def _transposed_linear(
 ) -> Float[Array, "m n"]:
     """As `linear`, for a matrix [in, out]; one row counts as two, for the reason that stands there."""
     del bias
-    operand = jnp.promote_types(x.dtype, weight.dtype)
+    operand = x.dtype if x.dtype == weight.dtype else accumulator_dtype(x.dtype)
     rows = jnp.concatenate([x, x]) if len(x) == 1 else x
     out = jax.lax.dot_general(
         rows.astype(operand),
