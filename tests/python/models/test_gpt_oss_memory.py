@@ -37,13 +37,15 @@ def test_a_loop_of_steps_needs_little_besides_the_weights(tmp_path: Path, wide: 
         wide = tmp_path / "tree"
     params = tensorport.load_params_shapes(wide, dtype=dtype)
     decoder = gpt_oss.GptOss(config)
-    cache = jax.eval_shape(lambda: gpt_oss.empty_cache(config, ROWS, 128, dtype=dtype))
+    cache = gpt_oss.empty_cache(config, ROWS, 128, dtype=dtype)
     row, settings = (
         np.zeros(ROWS, np.int32),
         loop.Settings(Sampling.of(ROWS), row_keys(0, ROWS), jnp.zeros(8, jnp.int32)),
     )
     seen, done = np.zeros((ROWS, config.vocab_size), np.bool_), np.zeros(ROWS, np.bool_)
-    step = loop.more_tokens.lower(decoder, (), params, cache, seen, row, row, done, np.int32(4), settings).compile()
+    step = loop.more_tokens.lower(
+        decoder, loop.placement(cache), params, cache, seen, row, row, done, np.int32(4), settings
+    ).compile()
     analysis = step.memory_analysis()
     assert analysis is not None
     assert analysis.temp_size_in_bytes < 0.1 * weights_bytes(params)
