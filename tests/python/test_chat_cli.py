@@ -57,8 +57,8 @@ def deltas(*pieces: str) -> list[HarmonyDelta]:
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Path) -> LanguageModel:
-    return tensorport.load_model(tiny)
+def model(two_layers: Path) -> LanguageModel:
+    return tensorport.load_model(two_layers)
 
 
 @pytest.fixture(autouse=True)
@@ -84,16 +84,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> tuple[Asked, list[Answer]]:
     return calls, answers
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: Capture, tiny: Path, lines: str, *flags: str) -> tuple[int, str, str]:
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, two_layers: Path, lines: str, *flags: str
+) -> tuple[int, str, str]:
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     capsys.readouterr()
-    status = cli.main(["chat", "--model", str(tiny), *flags])
+    status = cli.main(["chat", "--model", str(two_layers), *flags])
     shown = capsys.readouterr()
     return status, shown.out, shown.err
 
 
 def test_a_line_is_a_question_and_answers_stay_in_the_history(
-    tiny: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    two_layers: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     calls, answers = asked
     answers += [
@@ -102,7 +104,7 @@ def test_a_line_is_a_question_and_answers_stay_in_the_history(
         Answer(deltas("final: new")),
     ]
     lines = "first\n\n  second \n/reset\nthird\n/exit\nnever asked\n"
-    status, out, err = run(monkeypatch, capsys, tiny, lines, "--system", "Be kind.", "--reasoning", "high")
+    status, out, err = run(monkeypatch, capsys, two_layers, lines, "--system", "Be kind.", "--reasoning", "high")
     assert (status, out, err) == (0, "Hello\nagain\nnew\n", "All is forgotten.\n")
     system = {"role": "system", "content": "Be kind."}
     first = [system, {"role": "user", "content": "first"}]
@@ -116,13 +118,13 @@ def test_a_line_is_a_question_and_answers_stay_in_the_history(
 
 
 def test_sampling_flags_reach_the_model(
-    tiny: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    two_layers: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     calls, answers = asked
     answers += [Answer(deltas("final: a")), Answer(deltas("final: a"))]
     flags = "--max-new-tokens 7 --temperature 0.5 --top-k 9 --top-p 0.8 --repetition-penalty 1.2 --seed 4 --stop x"
-    run(monkeypatch, capsys, tiny, "question", *flags.split())
-    run(monkeypatch, capsys, tiny, "question")
+    run(monkeypatch, capsys, two_layers, "question", *flags.split())
+    run(monkeypatch, capsys, two_layers, "question")
     given, default = ({key: value for key, value in call.items() if key != "messages"} for call in calls)
     assert given == {
         "stream": True,
@@ -139,12 +141,12 @@ def test_sampling_flags_reach_the_model(
 
 
 def test_commands_answer_on_standard_error(
-    tiny: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    two_layers: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     calls, answers = asked
     answers.append(Answer(deltas("final: yes")))
     lines = "/stats\n/help\n/nonsense\n/etc/hosts is what?\n/stats\n"
-    status, out, err = run(monkeypatch, capsys, tiny, lines)
+    status, out, err = run(monkeypatch, capsys, two_layers, lines)
     assert (status, out) == (0, "yes\n")
     assert err.startswith("There was no answer yet.\n/reset")
     assert "/nonsense: no such command" in err
@@ -153,18 +155,18 @@ def test_commands_answer_on_standard_error(
 
 
 def test_analysis_is_shown_where_it_is_asked_for_without_escape_codes_in_pipes(
-    tiny: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    two_layers: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     _, answers = asked
     pieces = [*deltas("analysis: hm", "analysis: m"), HarmonyDelta("commentary", "functions.f", "{}")]
     pieces += deltas("commentary: wait", "final: so")
     answers += [Answer(pieces), Answer(pieces), Answer(deltas("analysis: endless"))]
-    assert run(monkeypatch, capsys, tiny, "q", "--show-analysis")[1] == "hmm\n[calls functions.f] {}\nwait\nso\n"
-    assert run(monkeypatch, capsys, tiny, "q")[1] == "[calls functions.f] {}\nwait\nso\n"
+    assert run(monkeypatch, capsys, two_layers, "q", "--show-analysis")[1] == "hmm\n[calls functions.f] {}\nwait\nso\n"
+    assert run(monkeypatch, capsys, two_layers, "q")[1] == "[calls functions.f] {}\nwait\nso\n"
 
 
 def test_reasoning_without_an_answer_is_said(
-    tiny: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    two_layers: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     real = model.chat("q", max_new_tokens=3, seed=1)
 
@@ -174,24 +176,24 @@ def test_reasoning_without_an_answer_is_said(
             return ChatReply("", "endless", stats=real.stats)
 
     monkeypatch.setattr(LanguageModel, "chat", lambda *_, **__: Silent(deltas("analysis: endless")))
-    status, out, err = run(monkeypatch, capsys, tiny, "q")
+    status, out, err = run(monkeypatch, capsys, two_layers, "q")
     assert (status, out) == (0, "")
     assert re.fullmatch(r"\(no answer: \d tokens of reasoning; --max-new-tokens allows more\)\n", err)
 
 
 def test_what_would_drive_a_terminal_is_spelled_out(
-    tiny: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    two_layers: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     _, answers = asked
     hostile = "\x1b]0;owned\x07\x9b31m\r\u202eabc\x7f\n\tnarrow\u202fspace 👩‍🔬"
     answers.append(Answer([HarmonyDelta("commentary", "f\x1b[2J", "x"), HarmonyDelta("final", None, hostile)]))
-    _, out, _ = run(monkeypatch, capsys, tiny, "q")
+    _, out, _ = run(monkeypatch, capsys, two_layers, "q")
     expected = "\\u001b]0;owned\\u0007\\u009b31m\\u000d\\u202eabc\\u007f\n\tnarrow\u202fspace 👩‍🔬"
     assert out == f"[calls f\\u001b[2J] x\n{expected}\n"
 
 
 def test_control_c_stops_the_answer_and_what_was_said_stays(
-    tiny: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    two_layers: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     calls, answers = asked
     answers += [
@@ -199,7 +201,7 @@ def test_control_c_stops_the_answer_and_what_was_said_stays(
         Answer(deltas("analysis: thought", "final: never"), interrupt_behind=1),
         Answer(deltas("final: at last")),
     ]
-    status, out, err = run(monkeypatch, capsys, tiny, "a\nb\nc\n")
+    status, out, err = run(monkeypatch, capsys, two_layers, "a\nb\nc\n")
     assert (status, out) == (0, "one two\nat last\n")
     assert err == f"{command.INTERRUPTED}\n" * 2
     assert [message["content"] for message in calls[2]["messages"]] == [
@@ -213,7 +215,7 @@ def test_control_c_stops_the_answer_and_what_was_said_stays(
 
 
 def test_a_question_that_fails_is_dropped_and_the_chat_goes_on(
-    tiny: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    two_layers: Path, asked: tuple[Asked, list[Answer]], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     calls, answers = asked
 
@@ -222,18 +224,18 @@ def test_a_question_that_fails_is_dropped_and_the_chat_goes_on(
             raise FloatingPointError("row 0: found NaN")
 
     answers += [Broken([]), Answer(deltas("final: fine"))]
-    status, out, err = run(monkeypatch, capsys, tiny, "a\nb\n")
+    status, out, err = run(monkeypatch, capsys, two_layers, "a\nb\n")
     assert (status, out) == (0, "fine\n")
     assert err.startswith("error: row 0: found NaN\n")
     assert [message["content"] for message in calls[1]["messages"]] == ["b"]
 
 
 def test_a_model_answers_as_its_chat_does(
-    tiny: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    two_layers: Path, model: LanguageModel, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     expected = model.chat("Where is the water?", max_new_tokens=20, seed=6, reasoning_effort="low")
     flags = ["--max-new-tokens", "20", "--seed", "6", "--reasoning", "low"]
-    status, out, _ = run(monkeypatch, capsys, tiny, "Where is the water?\n", *flags)
+    status, out, _ = run(monkeypatch, capsys, two_layers, "Where is the water?\n", *flags)
     shown = re.sub(r"\\u([0-9a-f]{4})", lambda found: chr(int(found[1], 16)), out)
     assert (status, shown) == (0, f"{expected.text}\n")
 
@@ -251,10 +253,10 @@ def test_stop_ends_a_stream_where_it_is(model: LanguageModel) -> None:
 
 
 def test_checkpoints_that_cannot_chat_are_refused(
-    tiny: Path, golden_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    two_layers: Path, golden_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     assert run(monkeypatch, capsys, golden_hf, "")[0] == 1
-    for file in tiny.iterdir():
+    for file in two_layers.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "chat_template.jinja").unlink()
     status, out, err = run(monkeypatch, capsys, tmp_path, "question\n")
@@ -304,10 +306,10 @@ class Terminal:
         os.close(self._reader)
 
 
-def test_a_chat_at_a_terminal(tiny: Path) -> None:
+def test_a_chat_at_a_terminal(two_layers: Path) -> None:
     """Everything in one session, for each compiles anew."""
     # So many tokens that Ctrl-C comes before their end, and an answer that no end token ends early.
-    terminal = Terminal("--model", str(tiny), "--max-new-tokens", "100000", "--top-k", "1")
+    terminal = Terminal("--model", str(two_layers), "--max-new-tokens", "100000", "--top-k", "1")
     try:
         terminal.until(b"/help lists commands.")
         terminal.until(b"> ")
@@ -333,8 +335,8 @@ def test_a_chat_at_a_terminal(tiny: Path) -> None:
         terminal.close()
 
 
-def test_sigterm_ends_a_chat(tiny: Path) -> None:
-    terminal = Terminal("--model", str(tiny))
+def test_sigterm_ends_a_chat(two_layers: Path) -> None:
+    terminal = Terminal("--model", str(two_layers))
     try:
         terminal.until(b"> ")
         terminal.job.send_signal(signal.SIGTERM)

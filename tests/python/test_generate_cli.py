@@ -22,8 +22,8 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 12}
 
 
 @pytest.fixture(scope="module")
-def model(tiny: Path) -> LanguageModel:
-    return tensorport.load_model(tiny)
+def model(two_layers: Path) -> LanguageModel:
+    return tensorport.load_model(two_layers)
 
 
 def run(capsys: Capture, *arguments: object) -> tuple[int, str, str]:
@@ -34,27 +34,31 @@ def run(capsys: Capture, *arguments: object) -> tuple[int, str, str]:
     return status, shown.out, shown.err
 
 
-def test_what_is_new_is_printed_and_nothing_else(tiny: Path, model: LanguageModel, capsys: Capture) -> None:
+def test_what_is_new_is_printed_and_nothing_else(two_layers: Path, model: LanguageModel, capsys: Capture) -> None:
     expected = model.generate("The people", seed=3, **SETTINGS)
-    assert run(capsys, "--model", tiny, "--prompt", "The people", "--seed", 3, *LENGTH) == (0, f"{expected}\n", "")
+    assert run(capsys, "--model", two_layers, "--prompt", "The people", "--seed", 3, *LENGTH) == (
+        0,
+        f"{expected}\n",
+        "",
+    )
     # In pieces it is the same text.
-    streamed = run(capsys, "--model", tiny, "--prompt", "The people", "--seed", 3, *LENGTH, "--stream")
+    streamed = run(capsys, "--model", two_layers, "--prompt", "The people", "--seed", 3, *LENGTH, "--stream")
     assert streamed == (0, f"{expected}\n", "")
 
 
 def test_standard_input_is_a_prompt(
-    tiny: Path, model: LanguageModel, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    two_layers: Path, model: LanguageModel, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = model.generate("Ünder\nwater ", seed=3, **SETTINGS)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Ünder\nwater \n"))
-    assert run(capsys, "--model", tiny, "--prompt", "-", "--seed", 3, *LENGTH) == (0, f"{expected}\n", "")
+    assert run(capsys, "--model", two_layers, "--prompt", "-", "--seed", 3, *LENGTH) == (0, f"{expected}\n", "")
 
 
-def test_settings_reach_the_model(tiny: Path, model: LanguageModel, capsys: Capture) -> None:
+def test_settings_reach_the_model(two_layers: Path, model: LanguageModel, capsys: Capture) -> None:
     settings: dict[str, Any] = {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "repetition_penalty": 0.2, "seed": 5}
     flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
     expected = model.generate("The people", **SETTINGS, **settings)
-    assert run(capsys, "--model", tiny, "--prompt", "The people", *LENGTH, *flags)[1] == f"{expected}\n"
+    assert run(capsys, "--model", two_layers, "--prompt", "The people", *LENGTH, *flags)[1] == f"{expected}\n"
     # Each changes something, so that none of them can get lost.
     for name in settings:
         other = model.generate("The people", **SETTINGS, **{key: settings[key] for key in settings if key != name})
@@ -64,7 +68,7 @@ def test_settings_reach_the_model(tiny: Path, model: LanguageModel, capsys: Capt
     stopped = model.generate("The people", **SETTINGS, temperature=0, stop=[stop, "never"])
     flags = ["--temperature", 0, "--stop", stop, "--stop", "never"]
     assert stopped == greedy[: greedy.index(stop)]
-    assert run(capsys, "--model", tiny, "--prompt", "The people", *LENGTH, *flags)[1] == f"{stopped}\n"
+    assert run(capsys, "--model", two_layers, "--prompt", "The people", *LENGTH, *flags)[1] == f"{stopped}\n"
 
 
 def test_ids_need_no_tokenizer(golden_hf: Path, capsys: Capture) -> None:
@@ -88,9 +92,9 @@ def test_a_text_without_a_tokenizer_is_refused_before_the_model_is_read(
         assert "--prompt-ids" in err
 
 
-def test_json_is_one_object_with_all_there_is(tiny: Path, model: LanguageModel, capsys: Capture) -> None:
+def test_json_is_one_object_with_all_there_is(two_layers: Path, model: LanguageModel, capsys: Capture) -> None:
     expected = model.generate("The people", seed=3, stats=True, **SETTINGS)
-    status, out, err = run(capsys, "--model", tiny, "--prompt", "The people", "--seed", 3, *LENGTH, "--json")
+    status, out, err = run(capsys, "--model", two_layers, "--prompt", "The people", "--seed", 3, *LENGTH, "--json")
     assert (status, err) == (0, "")
     fields = json.loads(out)
     assert list(fields) == ["ids", "text", "logprobs", "finish_reason", "stats"]
@@ -100,23 +104,23 @@ def test_json_is_one_object_with_all_there_is(tiny: Path, model: LanguageModel, 
     assert fields["stats"]["weight_bytes_per_step"] == expected.stats.weight_bytes_per_step
 
 
-def test_several_prompts_are_told_apart(tiny: Path, model: LanguageModel, capsys: Capture) -> None:
+def test_several_prompts_are_told_apart(two_layers: Path, model: LanguageModel, capsys: Capture) -> None:
     prompts = ["The people", "A word\nof the year " + "and more " * 20]
     expected = model.generate(prompts, seed=3, **SETTINGS)
     flags = [word for prompt in prompts for word in ("--prompt", prompt)]
-    _, out, _ = run(capsys, "--model", tiny, *flags, "--seed", 3, *LENGTH)
+    _, out, _ = run(capsys, "--model", two_layers, *flags, "--seed", 3, *LENGTH)
     first, second = expected
     assert out.startswith(f"[1] The people\n{first}\n[2] A word of the year and more ")
     assert out.endswith(f"…\n{second}\n")
-    fields = json.loads(run(capsys, "--model", tiny, *flags, "--seed", 3, *LENGTH, "--json")[1])
+    fields = json.loads(run(capsys, "--model", two_layers, *flags, "--seed", 3, *LENGTH, "--json")[1])
     assert fields["text"] == expected
     assert [len(ids) for ids in fields["ids"]] == [12, 12]
 
 
-def test_stats_and_logprobs(tiny: Path, model: LanguageModel, capsys: Capture) -> None:
+def test_stats_and_logprobs(two_layers: Path, model: LanguageModel, capsys: Capture) -> None:
     expected = model.generate("The people", seed=3, logprobs=True, **SETTINGS)
     flags = ["--prompt", "The people", "--seed", 3, *LENGTH, "--logprobs", "--stats"]
-    _, out, err = run(capsys, "--model", tiny, *flags)
+    _, out, err = run(capsys, "--model", two_layers, *flags)
     assert out.startswith(f"{expected.text}\n")
     rows = re.findall(r"^ +(-\d+\.\d{4})  (\d+)  (['\"].*)$", out, re.MULTILINE)
     assert [int(token) for _, token, _ in rows] == expected.ids
@@ -125,9 +129,9 @@ def test_stats_and_logprobs(tiny: Path, model: LanguageModel, capsys: Capture) -
     assert "weights read per step" in err
 
 
-def test_float32_is_another_computation(tiny: Path, model: LanguageModel, capsys: Capture) -> None:
+def test_float32_is_another_computation(two_layers: Path, model: LanguageModel, capsys: Capture) -> None:
     flags = ["--prompt", "The people", "--temperature", 0, *LENGTH, "--json"]
-    other = json.loads(run(capsys, "--model", tiny, *flags, "--dtype", "float32")[1])["logprobs"]
+    other = json.loads(run(capsys, "--model", two_layers, *flags, "--dtype", "float32")[1])["logprobs"]
     own = model.generate("The people", temperature=0, logprobs=True, **SETTINGS).logprobs
     assert other[0] == pytest.approx(own[0], abs=0.2)
     assert other[0] != pytest.approx(own[0], abs=1e-6)
@@ -152,8 +156,10 @@ def test_float32_is_another_computation(tiny: Path, model: LanguageModel, capsys
         (["--model", "TINY", "--prompt", ""], "no tokens"),
     ],
 )
-def test_a_usage_error_exits_2_and_names_the_flag(tiny: Path, capsys: Capture, flags: list[str], words: str) -> None:
-    status, out, err = run(capsys, *(str(tiny) if flag == "TINY" else flag for flag in flags))
+def test_a_usage_error_exits_2_and_names_the_flag(
+    two_layers: Path, capsys: Capture, flags: list[str], words: str
+) -> None:
+    status, out, err = run(capsys, *(str(two_layers) if flag == "TINY" else flag for flag in flags))
     assert (status, out) == (2, "")
     assert words in err
 
@@ -165,9 +171,9 @@ def test_a_missing_model_exits_1(tmp_path: Path, capsys: Capture) -> None:
         assert "missing" in err
 
 
-def test_no_control_character_reaches_a_terminal(tiny: Path) -> None:
+def test_no_control_character_reaches_a_terminal(two_layers: Path) -> None:
     # Hot enough that single bytes come, control characters among them.
-    flags = ["--model", str(tiny), "--prompt", "The people", "--temperature", "50", "--max-new-tokens", "100"]
+    flags = ["--model", str(two_layers), "--prompt", "The people", "--temperature", "50", "--max-new-tokens", "100"]
     reader, writer = pty.openpty()
     job = subprocess.Popen(
         [sys.executable, "-m", "tensorport", "generate", *flags], stdout=writer, stderr=subprocess.PIPE
@@ -183,7 +189,7 @@ def test_no_control_character_reaches_a_terminal(tiny: Path) -> None:
     assert job.wait(timeout=120) == 0
     assert job.stderr is not None
     job.stderr.close()
-    text = tensorport.load_model(tiny).generate("The people", temperature=50, max_new_tokens=100)
+    text = tensorport.load_model(two_layers).generate("The people", temperature=50, max_new_tokens=100)
     controls = [c for c in text if ord(c) < 32 or 127 <= ord(c) < 160]
     assert set(controls) - {"\n", "\t"}
     printed = shown.decode().replace("\r\n", "\n")

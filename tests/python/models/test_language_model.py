@@ -32,9 +32,9 @@ def model(golden_hf: Path) -> LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def speaker(tiny: Path) -> LanguageModel:
+def speaker(two_layers: Path) -> LanguageModel:
     """With a tokenizer of 256 bytes and harmony's tokens."""
-    return tensorport.load_model(tiny)
+    return tensorport.load_model(two_layers)
 
 
 def test_calling_the_model_gives_logits(model: LanguageModel, golden: dict[str, NDArray[Any]]) -> None:
