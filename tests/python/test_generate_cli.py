@@ -55,7 +55,7 @@ def test_standard_input_is_a_prompt(
 
 
 def test_settings_reach_the_model(two_layers: Path, model: LanguageModel, capsys: Capture) -> None:
-    settings: dict[str, Any] = {"temperature": 0.7, "top_k": 30, "top_p": 0.9, "repetition_penalty": 0.2, "seed": 5}
+    settings: dict[str, Any] = {"temperature": 0.7, "top_k": 6, "top_p": 0.9, "repetition_penalty": 0.5, "seed": 6}
     flags = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
     expected = model.generate("The people", **SETTINGS, **settings)
     assert run(capsys, "--model", two_layers, "--prompt", "The people", *LENGTH, *flags)[1] == f"{expected}\n"
