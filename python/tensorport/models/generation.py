@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -97,6 +97,7 @@ class TextGeneration:
         strings, ids = _stops(stop)
         if strings and not self._is_text:
             model.tokenizer  # noqa: B018 - strings cannot be found without it
+        self._pad = padding_token(model)
         self._ends = [*ids] if ignore_eos else [*dict.fromkeys([*ids, *stop_tokens, *end_tokens(model)])]
         self._streams = [TextStream(model.tokenizer, strings) for _ in self._rows] if self._is_text or strings else None
         self._decoding: Decoding = decode(
@@ -112,7 +113,6 @@ class TextGeneration:
         self._ids: list[list[int]] = [[] for _ in self._rows]
         self._logprobs: list[list[float]] = [[] for _ in self._rows]
         self._texts = ["" for _ in self._rows]
-        self._max_new_tokens = max_new_tokens
 
     def steps(self) -> Iterator[tuple[list[list[int]], list[str]]]:
         """New ids and new text of each row, as they come; at last what was held back."""
@@ -173,8 +173,7 @@ class TextGeneration:
         if not self._is_array:
             return rows[0] if self._is_one else rows
         longest = max(map(len, rows))
-        pad = padding_token(self._model)
-        padded = np.array([row + [pad] * (longest - len(row)) for row in rows], np.int32)
+        padded = np.array([row + [self._pad] * (longest - len(row)) for row in rows], np.int32)
         return padded[0] if self._is_one else padded
 
     def stats(self) -> GenerationStats:
@@ -263,31 +262,38 @@ def padding_token(model: "LanguageModel") -> int:
     """What fills rows that ended early: the checkpoint's padding, else its first end token, else 0."""
     from tensorport.text.tokenizer import configured_ids  # noqa: PLC0415 - as above
 
-    return next(iter([*configured_ids(model.folder, "pad_token_id"), *end_tokens(model)]), 0)
+    padding = [token for token in configured_ids(model.folder, "pad_token_id") if token < model.decoder.vocab_size]
+    return next(iter([*padding, *end_tokens(model)]), 0)
 
 
 def _prompts(model: "LanguageModel", prompt: Any) -> tuple[bool, bool, list[list[int]], bool]:
     """Whether it is text, whether it is one, the ids of each row, and whether these were an array."""
     if isinstance(prompt, str):
         return True, True, [model.tokenizer.encode(prompt)], False
-    if isinstance(prompt, np.ndarray | jax.Array):
+    if _is_array(prompt):
         ids = np.asarray(prompt)
         if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
             raise TypeError(f"prompt: found an array {ids.dtype} {list(ids.shape)}, expected integers [B, T] or [T]")
         return False, ids.ndim == 1, np.atleast_2d(ids).tolist(), True
+    if isinstance(prompt, bytes | Mapping):
+        raise TypeError(f"prompt: found {type(prompt).__name__}, expected texts or ids")
     rows = list(prompt)
     if rows and all(isinstance(row, str) for row in rows):
         return True, False, [model.tokenizer.encode(row) for row in rows], False
     if any(isinstance(row, str) for row in rows):
         raise TypeError("prompt: found texts and ids, expected one or the other")
-    if rows and all(isinstance(row, int | np.integer) for row in rows):
-        return False, True, [[int(token) for token in rows]], False
+    if rows and all(isinstance(row, float | int | np.generic) or (_is_array(row) and not row.ndim) for row in rows):
+        return False, True, [np.asarray(rows).tolist()], False
     return False, False, [np.asarray(row).tolist() for row in rows], False
+
+
+def _is_array(prompt: Any) -> bool:
+    return isinstance(prompt, np.ndarray | jax.Array)
 
 
 def _stops(stop: str | int | Sequence[str | int] | None) -> tuple[list[str], list[int]]:
     """Strings and ids."""
-    stops = [] if stop is None else [stop] if isinstance(stop, str | int) else list(stop)
+    stops = [] if stop is None else [stop] if isinstance(stop, str | int | np.integer) else list(stop)
     for item in stops:
         if not isinstance(item, str | int | np.integer) or isinstance(item, bool):
             raise TypeError(f"stop: found {item!r}, expected strings and token ids")

@@ -139,12 +139,12 @@ class LanguageModel:
         No cache: for the logits of whole sequences. Compiled once for each shape.
 
         Raises:
-            TypeError, ValueError: no integers, not two axes, or ids out of the vocabulary.
+            ValueError: no integers, not two axes, no tokens, or ids out of the vocabulary.
         """
         # What is already on a device is not brought back to be looked at: ids out of the vocabulary become NaN there.
         ids = input_ids if isinstance(input_ids, jax.Array) else _rows(np.asarray(input_ids), self.decoder.vocab_size)
-        if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(f"input_ids: found {ids.dtype} {ids.shape}, expected integers [B, T]")
+        if ids.ndim != 2 or not ids.size or not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"input_ids: found {ids.dtype} {ids.shape}, expected integers [B, T], at least one")
         logits: Array = _logits(self.decoder, self.params, ids)
         return logits
 

@@ -142,7 +142,7 @@ def decode(
         tokens_per_dispatch: 1 .. 64, instead of what the time of dispatches suggests.
 
     Raises:
-        TypeError: ids that are no integers.
+        TypeError: ids, or a number of tokens or the seed, that are no integers.
         ValueError: no prompts, an empty one, ids out of the vocabulary, a setting out of its range, or a length that
             `max_length` or `max_positions` has no room for.
         FloatingPointError: by the iterator, where logits are NaN or +inf; tokens before that come first.
@@ -156,11 +156,14 @@ def decode(
     sampling = Sampling.of(
         len(rows), temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
     )
-    _in_range("max_new_tokens", max_new_tokens, 0)
-    _in_range("chunk", chunk, 1)
-    _in_range(
-        "tokens_per_dispatch", 1 if tokens_per_dispatch is None else tokens_per_dispatch, 1, MAX_TOKENS_PER_DISPATCH
-    )
+    # Python's numbers: sums of NumPy's small ones overflow.
+    max_new_tokens = _integer("max_new_tokens", max_new_tokens, 0)
+    chunk = _integer("chunk", chunk, 1)
+    seed = _integer("seed", seed, 0, 2**32 - 1)
+    if tokens_per_dispatch is not None:
+        tokens_per_dispatch = _integer("tokens_per_dispatch", tokens_per_dispatch, 1, MAX_TOKENS_PER_DISPATCH)
+    if max_length is not None:
+        max_length = _integer("max_length", max_length, 1)
     stats = DecodingStats(prompt_tokens=sum(ids.size for ids in rows))
     cache_length = _cache_length(max(ids.size for ids in rows), max_new_tokens, max_length, max_positions)
     done = np.zeros(len(rows), np.bool_)
@@ -298,7 +301,14 @@ def _padded(stop_tokens: NDArray[np.int32]) -> NDArray[np.int32]:
     return np.pad(stop_tokens, (0, size - stop_tokens.size), constant_values=-2)
 
 
-def _in_range(name: str, value: int, least: int, most: int | None = None) -> None:
-    if index(value) < least or (most is not None and value > most):
+def _integer(name: str, value: int, least: int, most: int | None = None) -> int:
+    try:
+        number = index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name}: found {value!r}, expected an integer")
+    if number < least or (most is not None and number > most):
         expected = f"at least {least}" if most is None else f"{least} .. {most}"
-        raise ValueError(f"{name}: found {value}, expected {expected}")
+        raise ValueError(f"{name}: found {number}, expected {expected}")
+    return number

@@ -111,7 +111,15 @@ class Tokenizer:
             text: of any length.
             add_special_tokens: also what the tokenizer itself puts around a text, such as a beginning; gpt-oss's puts
                 nothing.
+
+        Raises:
+            ValueError: the text has half of a surrogate pair, which is no character.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            wrong = ascii(text[fault.start])
+            raise ValueError(f"text: found {wrong} at {fault.start}, expected characters of Unicode") from None
         return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:

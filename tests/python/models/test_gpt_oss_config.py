@@ -97,9 +97,13 @@ def test_the_form_of_newer_transformers_is_read(fields: dict[str, Any]) -> None:
         ({"num_hidden_layers": 3}, "layer_types: found 4 entries, expected 3"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: found 1000000000, expected at most"),
         ({"layer_types": ["chunked_attention"] * 4}, "layer_types: found .'chunked_attention'"),
+        ({"layer_types": 5}, "layer_types: found 5, expected a list"),
         ({"layer_types": "full_attention"}, "layer_types: found 'full_attention', expected a list"),
         ({"rope_scaling": None}, "rope_scaling: found None, expected an object"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "rope_type: found 'llama3', expected 'yarn' or 'default'"),
+        ({"sliding_window": 2**31}, "sliding_window: found 2147483648, expected a positive integer"),
+        ({"rope_theta": 1}, "rope_theta: found 1.0, expected a number above 1"),
+        ({"rope_theta": 10**400}, "rope_theta: found 10+, expected a positive number"),
         ({"rms_norm_eps": math.nan}, "rms_norm_eps: found nan, expected a positive number"),
         ({"swiglu_limit": "7"}, "swiglu_limit: found '7', expected a positive number"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config: found the method 'awq'"),
@@ -110,6 +114,31 @@ def test_the_form_of_newer_transformers_is_read(fields: dict[str, Any]) -> None:
 def test_what_the_model_is_not_is_refused_by_name(fields: dict[str, Any], change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         gpt_oss.Config.from_json({**fields, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"original_max_position_embeddings": 0.3}, "original_max_position_embeddings: found 0, expected at least 1"),
+        ({"beta_fast": 1e308}, r"beta_fast: found 1e\+308, expected a positive number"),
+        ({"beta_slow": 1e-323}, "beta_slow: found 1e-323, expected a positive number"),
+        ({"rope_theta": 10000.0}, "rope_theta: found 150000 and 10000.0, expected the same"),
+    ],
+    ids=str,
+)
+def test_a_rope_without_finite_frequencies_is_refused(
+    fields: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        gpt_oss.Config.from_json({**fields, "rope_scaling": {**fields["rope_scaling"], **change}})
+
+
+@pytest.mark.parametrize("least", [1e-30, 1e30])
+def test_the_most_absurd_numbers_that_are_taken_have_finite_frequencies(fields: dict[str, Any], least: float) -> None:
+    numbers = dict.fromkeys(("beta_fast", "beta_slow", "factor"), least)
+    scaling = {**fields["rope_scaling"], **numbers, "original_max_position_embeddings": 1e30, "truncate": True}
+    rope = gpt_oss.Config.from_json({**fields, "rope_theta": 1e30, "rope_scaling": scaling}).rope
+    assert np.isfinite([*rope.frequencies(64), rope.concentration]).all()
 
 
 def test_all_faults_are_told_together_with_the_file(fields: dict[str, Any]) -> None:

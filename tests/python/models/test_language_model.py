@@ -51,6 +51,15 @@ def test_ids_that_cannot_be_are_refused(model: LanguageModel) -> None:
         model(np.array([3, 4]))
     with pytest.raises(ValueError, match="input_ids: found float64"):
         model(np.array([[0.5]]))
+    for empty in (np.zeros((1, 0), np.int32), jnp.zeros((0, 2), jnp.int32)):
+        with pytest.raises(ValueError, match=r"input_ids: found int32 \(\d, \d\), expected integers .*at least one"):
+            model(empty)
+    for prompt in ([True, False], [1.0, 2.0]):
+        with pytest.raises(TypeError, match=r"prompts\[0\]: found (bool|float64), expected integers"):
+            model.generate(prompt)  # type: ignore[arg-type]
+    for other in (b"ab", {1: 2}):
+        with pytest.raises(TypeError, match=r"prompt: found (bytes|dict), expected texts or ids"):
+            model.generate(other)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"prompts\[1\]: found token -1"):
         model.generate([[3], [-1]])
     with pytest.raises(ValueError, match=r"prompts\[0\]: found no tokens"):
@@ -126,6 +135,15 @@ def test_rows_end_at_end_tokens_and_at_stop(model: LanguageModel, golden: dict[s
         model.generate(prompt, stop=[1.5])  # type: ignore[list-item]
 
 
+def test_ids_may_be_scalars_of_any_library(model: LanguageModel, golden: dict[str, NDArray[Any]]) -> None:
+    prompt, greedy = golden["input_ids"][0], golden["greedy_ids"]
+    stop = greedy[len(prompt) + 3]
+    for ids in (list(prompt), list(jnp.asarray(prompt))):
+        new = model.generate(ids, **GREEDY, stop=stop)[len(prompt) :]
+        assert new == greedy[len(prompt) :][: len(new)].tolist()
+        assert new[-1] == stop
+
+
 def test_rows_that_end_early_are_padded(model: LanguageModel, golden: dict[str, NDArray[Any]]) -> None:
     alone = [model.generate(row, **GREEDY)[45:].tolist() for row in golden["input_ids"]]
     stop = alone[0][3]
@@ -134,6 +152,16 @@ def test_rows_that_end_early_are_padded(model: LanguageModel, golden: dict[str, 
     assert ids.shape == (2, 53)
     assert ids[0, 45:49].tolist() == alone[0][:4]
     assert set(ids[0, 49:].tolist()) == {517}  # pad_token_id of the config
+
+
+def test_padding_that_is_no_token_of_the_model_is_not_used(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "folder", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"pad_token_id": 2**32 - 1, "eos_token_id": [519, 77]}))
+    first, second = model.generate(np.array([[1], [2]]), **GREEDY | {"max_new_tokens": 2}).tolist()
+    ended = model.generate(np.array([[1], [2]]), **GREEDY | {"max_new_tokens": 2}, stop=[second[1]])
+    assert ended.tolist() == [first, [2, second[1], 77]]
 
 
 def test_text_needs_a_tokenizer_and_says_that_ids_work(model: LanguageModel) -> None:

@@ -377,6 +377,18 @@ def test_what_cannot_be_decoded_is_refused_before_the_first_step(settings: dict[
         start(**settings)
 
 
+@pytest.mark.parametrize("name", ["max_new_tokens", "max_length", "chunk", "tokens_per_dispatch", "seed"])
+@pytest.mark.parametrize("value", [1.5, True, "2"])
+def test_settings_that_are_no_integers_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name}: found {value!r}, expected an integer"):
+        start(**{name: value})
+
+
+def test_small_integers_of_numpy_do_not_overflow() -> None:
+    number: Any = np.uint8(200)
+    assert start([[1] * 100], number).cache_length == 384
+
+
 @pytest.mark.parametrize("prompts", [[[1.0]], ["text"], [[True]]])
 def test_prompts_of_anything_but_integers_are_refused(prompts: Any) -> None:
     with pytest.raises((TypeError, ValueError), match=r"prompts\[0\]"):

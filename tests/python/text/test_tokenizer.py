@@ -82,6 +82,11 @@ def test_what_is_no_id_is_a_value_error(tiny: Path, number: int) -> None:
         Tokenizer.from_directory(tiny).decode([1, number])
 
 
+def test_half_a_surrogate_pair_is_refused(tiny: Path) -> None:
+    with pytest.raises(ValueError, match=r"text: found '\\ud800' at 1, expected characters of Unicode"):
+        Tokenizer.from_directory(tiny).encode("a\ud800")
+
+
 def test_a_real_tokenizer_adds_what_it_adds_itself(minilm: Path) -> None:
     tokenizer = Tokenizer.from_directory(minilm)
     ids = tokenizer.encode("A short text.")

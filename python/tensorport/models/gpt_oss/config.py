@@ -176,7 +176,7 @@ class Config:
             read.layer_types(read.integer("num_hidden_layers")),
             read.integer("sliding_window"),
             rope,
-            round(context * rope.factor),
+            max(round(context * rope.factor), 1),
             sizes,
             {"swiglu_limit": read.number("swiglu_limit", default=7.0)},
         )
@@ -208,6 +208,10 @@ class Config:
             )
         if chosen > experts:
             read.faults.append(f"num_experts_per_tok: found {chosen}, expected at most {experts}, all experts")
+        if rope.theta <= 1:
+            read.faults.append(f"rope_theta: found {rope.theta}, expected a number above 1")
+        if rope.original_context < 1:
+            read.faults.append(f"original_max_position_embeddings: found {rope.original_context}, expected at least 1")
         if head_dim % 2:
             read.faults.append(f"head_dim: found {head_dim}, expected an even number")
         return cls(
@@ -278,17 +282,17 @@ class _Reader:
         """A positive number."""
         found = self.take(*names)
         found = default if found is None else found
-        # Nothing here is as large as 2**40, and products of some must not overflow.
-        if isinstance(found, int) and not isinstance(found, bool) and 0 < found < 2**40:
+        # Tokens, positions and their distances are int32 on the device.
+        if isinstance(found, int) and not isinstance(found, bool) and 0 < found < 2**31:
             return found
         self.faults.append(f"{names[0]}: found {found!r}, expected a positive integer")
         return 1
 
     def number(self, name: str, default: float | None = None, within: Mapping[str, Any] | None = None) -> float:
-        """A positive, finite number."""
+        """A positive number that float32 holds, and so does what YaRN makes of some."""
         found = self.take(name) if within is None else within.get(name)
         found = default if found is None else found
-        if isinstance(found, int | float) and not isinstance(found, bool) and 0 < found < math.inf:
+        if isinstance(found, int | float) and not isinstance(found, bool) and _LEAST <= found <= _MOST:
             return float(found)
         self.faults.append(f"{name}: found {found!r}, expected a positive number")
         return 1.0
@@ -304,7 +308,8 @@ class _Reader:
         known = ("sliding_attention", "full_attention")
         if not isinstance(found, Sequence) or isinstance(found, str) or not all(kind in known for kind in found):
             self.faults.append(f"layer_types: found {found!r}, expected a list of {' and '.join(map(repr, known))}")
-        elif len(found) != layers:
+            return ()
+        if len(found) != layers:
             self.faults.append(f"layer_types: found {len(found)} entries, expected {layers}, one for each layer")
         return tuple(found)
 
@@ -322,7 +327,10 @@ class _Reader:
         unknown = sorted(set(scaling) - _ROPE_FIELDS)
         if unknown:
             self.faults.append(f"rope_scaling: found {', '.join(unknown)}, expected no fields but the known ones")
-        theta = scaling.get("rope_theta") if theta is None else theta
+        own = scaling.get("rope_theta")
+        if None not in (theta, own) and theta != own:
+            self.faults.append(f"rope_theta: found {theta!r} and {own!r}, expected the same")
+        theta = own if theta is None else theta
         if kind == "default":
             return Rope(self.number("rope_theta", within={"rope_theta": theta}), 1, 32, 1, max_positions, False)
         truncate = scaling.get("truncate", True)
@@ -365,5 +373,9 @@ _ROPE_FIELDS: Final = frozenset({
     "attention_factor", "beta_fast", "beta_slow", "factor", "original_max_position_embeddings", "rope_theta",
     "rope_type", "truncate", "type",
 })  # fmt: skip
+
+_LEAST: Final = 1e-30
+_MOST: Final = 1e30
+"""Of all numbers: logarithms, powers and quotients of these are finite."""
 
 _MOST_LAYERS: Final = 10_000
