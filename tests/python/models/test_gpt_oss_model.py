@@ -199,6 +199,22 @@ def test_a_token_or_position_that_cannot_be_makes_nan_of_its_row_alone(golden_hf
     assert np.isnan(logits[0, 4]).all()
 
 
+def test_rings_have_no_more_slots_than_positions() -> None:
+    params, config = loaded(DATA / "gpt_oss_windows", "float32")
+    only_rings = dataclasses.replace(config, layer_types=("sliding_attention",) * 5, sliding_window=2**30)
+    cache: gpt_oss.Cache | None = gpt_oss.empty_cache(only_rings, 1, 9, dtype="float32")
+    assert cache is not None
+    assert {layer.keys.shape[1] for layer in cache.layers} == {9}
+    ids = np.arange(10)[None]
+    logits, cache = forward(params, only_rings, ids, cache)
+    uncached, _ = forward(params, only_rings, ids)
+    np.testing.assert_allclose(logits[:, :9], uncached[:, :9], rtol=0, atol=1e-4)
+    assert np.isnan(logits[:, 9]).all()
+    whole = dataclasses.replace(only_rings, sliding_window=6)
+    logits, _ = forward(params, whole, ids, gpt_oss.empty_cache(whole, 1, 9, dtype="float32"))
+    assert np.isfinite(logits).all()  # rings of a whole window never end
+
+
 def test_decoding_in_a_loop_on_the_device_with_a_donated_cache_is_the_greedy_continuation(golden_hf: Path) -> None:
     params, config = loaded(golden_hf, "float32")
     with np.load(golden_hf / "golden.npz") as arrays:

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from tensorport.models.gpt_oss.config import Config
+from tensorport.models.gpt_oss.config import Config, LayerType
 
-__all__ = ["Cache", "LayerCache", "empty_cache"]
+__all__ = ["Cache", "LayerCache", "empty_cache", "slots_of"]
 
 
 class LayerCache(NamedTuple):
     """One layer's keys and values in slots: the token at position p is in slot p modulo the number of slots.
 
-    A full layer has a slot for every position, a sliding one a ring of `sliding_window` slots.
+    A full layer has a slot for every position, a sliding one a ring of `sliding_window` slots, or of all positions if
+    these are fewer.
 
     Attributes:
         keys: [B, slots, G, D], rotated.
@@ -86,13 +87,19 @@ class Cache(NamedTuple):
     lengths: Int32[Array, " b"]
 
     def max_length(self, config: Config) -> int | None:
-        """Positions that full layers have slots for; None if there is no such layer."""
-        slots = [
-            layer.keys.shape[1]
-            for layer, kind in zip(self.layers, config.layer_types, strict=True)
-            if kind == "full_attention"
+        """Positions that there are slots for; None if all layers are rings of a whole window, which never end."""
+        slots = [layer.keys.shape[1] for layer in self.layers]
+        bounded = [
+            count
+            for count, kind in zip(slots, config.layer_types, strict=True)
+            if kind == "full_attention" or count < config.sliding_window
         ]
-        return min(slots, default=None)
+        return min(bounded, default=None)
+
+
+def slots_of(config: Config, kind: LayerType, max_length: int) -> int:
+    """Slots of a layer in a cache for so many positions."""
+    return min(config.sliding_window, max_length) if kind == "sliding_attention" else max_length
 
 
 def empty_cache(
@@ -115,8 +122,8 @@ def empty_cache(
     if batch < 1 or max_length < 1:
         raise ValueError(f"empty_cache: found batch {batch} and max_length {max_length}, expected at least 1 of each")
 
-    def layer(kind: str) -> LayerCache:
-        slots = config.sliding_window if kind == "sliding_attention" else max_length
+    def layer(kind: LayerType) -> LayerCache:
+        slots = slots_of(config, kind, max_length)
         sizes = batch, slots, config.num_key_value_heads, config.head_dim
         return LayerCache.empty(*sizes, dtype=dtype, sharding=sharding)
 

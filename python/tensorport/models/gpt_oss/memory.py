@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from tensorport.models.gpt_oss.cache import Cache, LayerCache
+from tensorport.models.gpt_oss.cache import Cache, LayerCache, slots_of
 from tensorport.models.gpt_oss.config import Config
 from tensorport.models.gpt_oss.decoder import GptOss
 from tensorport.models.gpt_oss.names import parameter_shapes
@@ -80,9 +80,7 @@ def memory_per_device(
 
     lengths: Any = jax.ShapeDtypeStruct((batch,), jnp.dtype(jnp.int32), sharding=everywhere)
     cache = Cache(
-        tuple(
-            layer(config.sliding_window if kind == "sliding_attention" else max_length) for kind in config.layer_types
-        ),
+        tuple(layer(slots_of(config, kind, max_length)) for kind in config.layer_types),
         lengths,
     )
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.dtype(jnp.int32), sharding=rows)
