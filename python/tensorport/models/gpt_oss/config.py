@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal, Self, TypeAlias
 
 from tensorport.errors import CheckpointError
+from tensorport.mxfp4.types import MX_BLOCK_SIZE
 
 __all__ = ["Config", "LayerType", "Rope"]
 
@@ -200,8 +201,8 @@ class Config:
         if read.faults:
             return None
         for name in ("hidden_size", "intermediate_size"):
-            if sizes[name] % _MX_BLOCK_SIZE:
-                read.faults.append(f"{name}: found {sizes[name]}, expected a multiple of {_MX_BLOCK_SIZE}")
+            if sizes[name] % MX_BLOCK_SIZE:
+                read.faults.append(f"{name}: found {sizes[name]}, expected a multiple of {MX_BLOCK_SIZE}")
         if heads % key_heads:
             read.faults.append(
                 f"num_attention_heads: found {heads}, expected a multiple of num_key_value_heads ({key_heads})"
@@ -235,8 +236,6 @@ def is_original(fields: Mapping[str, Any]) -> bool:
     """Whether this is the config.json of `original/`: no `model_type`, and YaRN's constants under names of its own."""
     return "model_type" not in fields and {"num_experts", "rope_ntk_alpha", "rope_ntk_beta"} <= set(fields)
 
-
-_MX_BLOCK_SIZE: Final = 32  # OCP MX v1.0
 
 _DTYPES: Final = frozenset({"dtype", "torch_dtype"})
 """How tensors are stored; they say so themselves."""

@@ -11,12 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tensorport.errors import MappingError
 from tensorport.models.gpt_oss.config import Config
+from tensorport.mxfp4.types import MX_BLOCK_SIZE
 
 __all__ = ["ExpertSpecs", "auto_mesh", "cache_sharding", "check_mesh", "expert_specs", "rows_spec", "sharding_rules"]
 
 _AXES = ("data", "expert", "tensor")
-
-_MX_BLOCK_SIZE = 32  # OCP MX v1.0
 
 
 def sharding_rules(mesh: Mesh) -> list[tuple[str, PartitionSpec]]:
@@ -116,7 +115,7 @@ def check_mesh(config: Config, mesh: Mesh) -> None:
         "vocab_size": (config.vocab_size, tensor * expert, "expert times tensor"),
         "hidden_size": (config.hidden_size, tensor * expert, "expert times tensor"),
         "num_local_experts": (config.num_local_experts, expert, "expert"),
-        "intermediate_size / 32": (config.intermediate_size // _MX_BLOCK_SIZE, tensor, "tensor"),
+        "intermediate_size / 32": (config.intermediate_size // MX_BLOCK_SIZE, tensor, "tensor"),
     }
     faults = [
         f"{name}: found {size}, expected a multiple of {parts} ({axes})"
