@@ -139,7 +139,7 @@ def test_float32_is_another_computation(tiny: Path, model: LanguageModel, capsys
         ([], "--model"),
         (["--model", "TINY"], "--prompt"),
         (["--model", "TINY", "--prompt", "a", "--prompt-ids", "1"], "not both"),
-        (["--model", "TINY", "--prompt-ids", "1,x"], "1,x"),
+        (["--model", "TINY", "--prompt-ids", "1,x"], "found '1,x', expected numbers with commas"),
         (["--model", "TINY", "--prompt-ids", "519"], "519"),
         (["--model", "TINY", "--prompt", "-", "--prompt", "-"], "once"),
         (["--model", "TINY", "--prompt", "a", "--prompt", "b", "--stream"], "--stream"),
