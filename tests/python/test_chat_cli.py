@@ -226,7 +226,8 @@ def test_a_question_that_fails_is_dropped_and_the_chat_goes_on(
     answers += [Broken([]), Answer(deltas("final: fine"))]
     status, out, err = run(monkeypatch, capsys, two_layers, "a\nb\n")
     assert (status, out) == (0, "fine\n")
-    assert err.startswith("error: row 0: found NaN\n")
+    # No room would help.
+    assert err == "error: row 0: found NaN\nThe question was dropped.\n"
     assert [message["content"] for message in calls[1]["messages"]] == ["b"]
 
 
@@ -311,14 +312,16 @@ def test_a_chat_at_a_terminal(two_layers: Path) -> None:
     # So many tokens that Ctrl-C comes before their end, and an answer that no end token ends early.
     terminal = Terminal("--model", str(two_layers), "--max-new-tokens", "100000", "--top-k", "1")
     try:
-        terminal.until(b"/help lists commands.")
+        assert b"JAX compiles" in terminal.until(b"/help lists commands.")
         terminal.until(b"> ")
+        time.sleep(0.5)  # readline shows its prompt before it waits in a way that a signal ends
         terminal.interrupt()
         terminal.until(b"/exit or Ctrl-D leaves.")
         terminal.until(b"> ")
         terminal.type(b"Where is the water?\n")
         terminal.until(b"water?\r\n")
-        # The answer is coming.
+        # The answer is coming, in place of a mark.
+        assert "thinking…".encode() in terminal.until(b"\x1b[K")
         while len(terminal.shown) < 20:
             terminal.shown += os.read(terminal._reader, 65536)
         terminal.interrupt()
@@ -364,3 +367,21 @@ def test_analysis_is_dim_on_a_terminal_unless_colours_are_off(
         else:
             assert shown == ("\x1b[2mthinking…\x1b[22m\r\x1b[Kso\n" if dims else "so\n")
         assert printer.said == "so"
+
+
+def test_waiting_for_reasoning_leaves_what_was_said(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    printer = command._Printer(show_analysis=False)
+    printer.wait()
+    for delta in deltas("commentary: I shall look.", "analysis: hm", "final: so"):
+        printer.add(delta.channel, delta.recipient, delta.text)
+    printer.end()
+    mark = "\x1b[2mthinking…\x1b[22m\r\x1b[K"
+    assert capsys.readouterr().out == f"{mark}I shall look.\n{mark}so\n"
+    # An error while there is nothing but the mark.
+    printer.wait()
+    printer.end()
+    printer.end()
+    assert capsys.readouterr().out == mark

@@ -423,7 +423,7 @@ def test_demo_goes_from_a_checkpoint_to_text(tmp_path: Path) -> None:
     assert tensorport.verify(tree, checkpoint, progress=False).ok
 
     # What the demo says last is right: the text comes again, and the commands run.
-    begin = lines.index("The same in Python:") + 1
+    begin = lines.index(f"The same in Python ({shlex.quote(sys.executable)}):") + 1
     program = [line.strip() for line in lines[begin : begin + 3]]
     (text,) = [ast.literal_eval(line.strip()) for line in lines if line.startswith("   'The first time")]
     again = run([sys.executable, "-c", "\n".join(program)])

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from tensorport.commands.options import add_model, add_sampling, load, sampling
+from tensorport.commands.options import COMPILES, add_model, add_sampling, load, sampling
 from tensorport.commands.terminal import dim, encodable, has_colors, is_terminal, note, visible
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     if is_terminal(sys.stdin):
         with contextlib.suppress(ImportError):  # history and editing of lines, where Python was built with it
             import readline  # noqa: F401, PLC0415 - what importing does
-        note(f"{model!r}\n/help lists commands.")
+        note(f"{model!r}\n{COMPILES}\n/help lists commands.")
     chat.run()
     return 0
 
@@ -112,11 +112,12 @@ class _Chat:
     def _ask(self, question: str) -> None:
         asked = [*self.messages, {"role": "user", "content": question}]
         self._is_stopped = False
+        printer = _Printer(show_analysis=self._parsed.show_analysis)
         try:
             self._answer = self._model.chat(
                 asked, reasoning_effort=self._parsed.reasoning, stream=True, **sampling(self._parsed)
             )
-            printer = _Printer(show_analysis=self._parsed.show_analysis)
+            printer.wait()
             with contextlib.suppress(_ControlC):  # a second one, while a step takes long
                 for delta in self._answer:
                     printer.add(delta.channel, delta.recipient, delta.text)
@@ -124,10 +125,13 @@ class _Chat:
             reply = self._answer.reply
         except (ValueError, ArithmeticError) as fault:
             # Too long a history, or a model whose logits are not finite: the chat itself goes on.
-            note(f"error: {fault}\nThe question was dropped. /reset makes room.")
+            printer.end()
+            hint = "" if isinstance(fault, ArithmeticError) else " /reset makes room."
+            note(f"error: {fault}\nThe question was dropped.{hint}")
             return
         finally:
             self._answer = None
+            printer.end()  # also where a signal ends the program
         self._stats = reply.stats
         if self._is_stopped:
             note(INTERRUPTED)
@@ -175,15 +179,20 @@ class _Printer:
         self._is_waiting = False
         self.said = ""
 
+    def wait(self) -> None:
+        """A mark on a terminal, on a line of its own, until there is something to show."""
+        if self._has_colors and not self._is_waiting:
+            self.end()
+            self._is_waiting = True
+            _write(dim("thinking…"))
+
     def add(self, channel: str, recipient: str | None, text: str) -> None:
-        """More text of a message; hidden reasoning shows as a mark on a terminal."""
+        """More text of a message; of hidden reasoning the mark alone."""
         is_analysis = channel == "analysis" and recipient is None
         if not is_analysis and recipient is None:
             self.said += text
         if is_analysis and not self._show_analysis:
-            if self._has_colors and not self._is_waiting:
-                self._is_waiting = True
-                _write(dim("thinking…"))
+            self.wait()
             return
         self._clear()
         if self._kind != (channel, recipient):
@@ -198,6 +207,7 @@ class _Printer:
         """Ends the line, if there is one."""
         self._clear()
         _write("\n" * (self._kind is not None))
+        self._kind = None
 
     def _clear(self) -> None:
         if self._is_waiting:

@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     program = sys.argv[0] if Path(sys.argv[0]).name == "tensorport" else "python -m tensorport"
     source, converted = shlex.quote(str(checkpoint)), shlex.quote(str(tree))
     print(f"""
-The same in Python:
+The same in Python ({shlex.quote(sys.executable)}):
   import tensorport
   model = tensorport.load_model({str(tree)!r})
   print(model.generate({_PROMPT!r}, max_new_tokens={_NEW_TOKENS}))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tensorport.commands.options import add_model, add_sampling, load, sampling
+from tensorport.commands.options import COMPILES, add_model, add_sampling, load, sampling
 from tensorport.commands.terminal import encodable, is_terminal, note, visible
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--stream", action="store_true", help="print what is new as it comes; for one prompt")
     parser.add_argument("--stats", action="store_true", help="say how long it took")
     parser.add_argument(
-        "--logprobs", action="store_true", help="print each token, the logarithm of its probability, id"
+        "--logprobs", action="store_true", help="print a line for each token: log probability, id, text"
     )
     parser.add_argument(
         "--json", action="store_true", help="print ids, text, logprobs, finish_reason and stats as JSON"
@@ -52,6 +52,8 @@ def run(arguments: Sequence[str]) -> int:
     model = load(parsed, text=parsed.prompt is not None or parsed.stop is not None)
     from tensorport.models.generation import TextGeneration  # noqa: PLC0415 - needs JAX
 
+    if is_terminal(sys.stderr):
+        note(COMPILES)
     generation = TextGeneration(model, prompts if len(prompts) > 1 else prompts[0], **sampling(parsed))
     is_first = True
     for ids, texts in generation.steps():
@@ -70,7 +72,10 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _ids(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected numbers with commas between them") from None
 
 
 def _texts(parser: argparse.ArgumentParser, prompts: list[str]) -> list[str]:

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from tensorport.commands.terminal import is_terminal
 from tensorport.errors import CheckpointError
@@ -11,7 +11,10 @@ from tensorport.errors import CheckpointError
 if TYPE_CHECKING:
     from tensorport.models import LanguageModel
 
-__all__ = ["add_model", "add_sampling", "load", "sampling"]
+__all__ = ["COMPILES", "add_model", "add_sampling", "load", "sampling"]
+
+COMPILES: Final = "JAX compiles the model before the first tokens, and again where there are many more."
+"""What a person who waits is told; JAX_COMPILATION_CACHE_DIR keeps what was compiled for the next program."""
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["ChatStream", "Generation", "GenerationStats", "TextGeneration"]
 
 FinishReason = Literal["stop", "length"]
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = 200
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -52,13 +56,13 @@ class GenerationStats(_Report):
             ("prompt", f"{grouped(self.prompt_tokens)} tokens in {self.prefill_s:.3f} s"),
             ("new", f"{grouped(self.new_tokens)} tokens"),
             ("time to first token", seconds(self.first_token_s)),
-            ("after that", rate),
+            ("once compiled", rate),
             ("weights read per step", human_bytes(self.weight_bytes_per_step)),
             ("cache", human_bytes(self.cache_bytes)),
         ]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Generation:
     """What was generated; each field is one for one prompt, and a list of them for several.
 
@@ -75,6 +79,11 @@ class Generation:
     logprobs: Any
     finish_reason: Any
     stats: GenerationStats
+
+    def __repr__(self) -> str:
+        """All fields, long ones cut."""
+        short = [f"{name}={_SHORT.repr(getattr(self, name))}" for name in ("ids", "text", "logprobs", "finish_reason")]
+        return f"Generation({', '.join(short)}, stats={self.stats!r})"
 
 
 class TextGeneration:
@@ -211,14 +220,13 @@ class ChatStream(Iterator[HarmonyDelta]):
         tokenizer = model.tokenizer
         strings, ids = _stops(stop)
         self._parser = HarmonyParser(tokenizer, strings)
-        defaults = {"temperature": 1.0}
         self._generation = TextGeneration(
             model,
             # The template has put in what a tokenizer may add.
             [tokenizer.encode(prompt, add_special_tokens=False)],
             stop=ids,
             stop_tokens=stop_token_ids(tokenizer),
-            **defaults | settings,
+            **settings,
         )
         self._deltas = self._run()
         self._is_stopped = False
@@ -275,8 +283,8 @@ def _prompts(model: "LanguageModel", prompt: Any) -> tuple[bool, bool, list[list
         if ids.dtype.kind not in "iu" or ids.ndim not in (1, 2):
             raise TypeError(f"prompt: found an array {ids.dtype} {list(ids.shape)}, expected integers [B, T] or [T]")
         return False, ids.ndim == 1, np.atleast_2d(ids).tolist(), True
-    if isinstance(prompt, bytes | Mapping):
-        raise TypeError(f"prompt: found {type(prompt).__name__}, expected texts or ids")
+    if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        raise TypeError(f"prompt: found {type(prompt).__name__}, expected a text, ids, or a list of either")
     rows = list(prompt)
     if rows and all(isinstance(row, str) for row in rows):
         return True, False, [model.tokenizer.encode(row) for row in rows], False

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,14 @@ from tensorport.kernels.registry import ImplementationName
 from tensorport.models.generation import ChatStream, TextGeneration
 from tensorport.models.registry import Loaded, architecture_of
 from tensorport.progress import Progress
-from tensorport.reports import LoadReport
+from tensorport.reports import LoadReport, human_bytes
 from tensorport.sharding import ShardingLike
 from tensorport.text import Tokenizer
 
 __all__ = ["LanguageModel", "load_model"]
+
+_CHAT_SETTINGS: Final = ("temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "chunk")
+"""What `chat` takes as `generate` does. A reply has its stats; the end of an answer is the format's."""
 
 Prompt = str | Sequence[str] | Integer[ArrayLike, "b t"] | Sequence[Sequence[int]]
 
@@ -175,7 +178,7 @@ class LanguageModel:
                 [B, T], or rows of ids of any lengths.
             max_new_tokens: for each row.
             temperature: 0 takes the most likely token each time.
-            top_k: only the so many most likely tokens are drawn from.
+            top_k: only that many of the most likely tokens are drawn from.
             top_p: only the most likely tokens that together have this probability.
             repetition_penalty: logits of tokens that were there, also in the prompt, are divided by this if positive
                 and multiplied if negative.
@@ -253,8 +256,11 @@ class LanguageModel:
 
         Raises:
             CheckpointError: the checkpoint has no tokenizer or no chat template.
+            TypeError: a setting that there is not.
             ValueError: the template refuses the messages, or a setting is out of its range.
         """
+        for name in settings.keys() - _CHAT_SETTINGS:
+            raise TypeError(f"chat: found the argument {name!r}, expected some of {', '.join(_CHAT_SETTINGS)}")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         variables: dict[str, Any] = {} if reasoning_effort is None else {"reasoning_effort": reasoning_effort}
@@ -265,7 +271,7 @@ class LanguageModel:
     def __repr__(self) -> str:
         """What it is, how large, and where from."""
         nbytes = sum(int(leaf.nbytes) for leaf in jax.tree.leaves(self.params))
-        return f"<LanguageModel {type(self.decoder).__name__} from {str(self.folder)!r}: {nbytes / 1e9:.2f} GB>"
+        return f"<LanguageModel {type(self.decoder).__name__} from {str(self.folder)!r}: {human_bytes(nbytes)}>"
 
 
 @functools.partial(jax.jit, static_argnums=0)

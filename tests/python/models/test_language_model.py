@@ -58,7 +58,7 @@ def test_ids_that_cannot_be_are_refused(model: LanguageModel) -> None:
         with pytest.raises(TypeError, match=r"prompts\[0\]: found (bool|float64), expected integers"):
             model.generate(prompt)  # type: ignore[arg-type]
     for other in (b"ab", {1: 2}):
-        with pytest.raises(TypeError, match=r"prompt: found (bytes|dict), expected texts or ids"):
+        with pytest.raises(TypeError, match=r"prompt: found (bytes|dict), expected a text, ids, or a list of either"):
             model.generate(other)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"prompts\[1\]: found token -1"):
         model.generate([[3], [-1]])
@@ -66,6 +66,9 @@ def test_ids_that_cannot_be_are_refused(model: LanguageModel) -> None:
         model.generate([[]])
     with pytest.raises(TypeError, match="prompt: found texts and ids"):
         model.generate(["a", [1]])  # type: ignore[arg-type]
+    for prompt in (None, 5, {"a": 1}):
+        with pytest.raises(TypeError, match=f"prompt: found {type(prompt).__name__}, expected a text"):
+            model.generate(prompt)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="max_positions: found 131072, expected at least 131073"):
         model.generate([[1]], max_new_tokens=131072)
 
@@ -208,6 +211,23 @@ def test_a_chat_answers_and_goes_on(speaker: LanguageModel) -> None:
     texts = "".join(delta.text for delta in deltas if delta.channel == "final")
     assert stream.reply.text == texts
     assert speaker.chat("What is 2 + 2?", max_new_tokens=30, reasoning_effort="low").text == reply.text
+    with pytest.raises(TypeError, match="chat: found the argument 'stats', expected some of temperature, top_k"):
+        speaker.chat("What is 2 + 2?", stats=True)
+
+
+def test_a_model_and_what_it_wrote_show_in_a_few_lines(speaker: LanguageModel) -> None:
+    assert repr(speaker).endswith("/tiny': 1.21 MB>")
+    result = speaker.generate("Once", max_new_tokens=30, seed=4, ignore_eos=True, stats=True)
+    first, *rest = repr(result).splitlines()
+    assert first.startswith(f"Generation(ids=[{result.ids[0]}, {result.ids[1]}, ")
+    assert first.count(", ...]") == 2  # ids and logprobs
+    assert repr(result.text[:50])[1:-1] in first
+    assert "finish_reason='length'" in first
+    assert "\n".join(["GenerationStats", *rest]) == f"{result.stats!r})"
+
+
+def test_completion_offers_the_public_names_alone() -> None:
+    assert dir(tensorport) == sorted(tensorport.__all__)
 
 
 def test_a_chat_reads_the_channels_that_a_model_writes(speaker: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
