@@ -21,6 +21,7 @@ __all__ = [
     "mxfp4_encode",
     "run_cli",
     "select",
+    "simd_level",
     "synthesize",
     "verify",
 ]
