@@ -1,7 +1,5 @@
 """`python -m tensorport`: the command line."""
 
-import sys
+from tensorport.cli import program
 
-from tensorport.cli import main
-
-sys.exit(main())
+program()

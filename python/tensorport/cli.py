@@ -14,7 +14,7 @@ from tensorport.commands import COMMANDS
 from tensorport.errors import TensorportError
 from tensorport.reports import printable
 
-__all__ = ["main"]
+__all__ = ["main", "program"]
 
 
 # Exit status of a job that was stopped: 128 and the number of SIGINT, as shells count.
@@ -34,6 +34,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         status = _INTERRUPTED
     return 128 + received[0] if received and status == _INTERRUPTED else status
+
+
+def program() -> NoReturn:
+    """Runs the command line as a program, and ends it."""
+    status = main()
+    if "jax" not in sys.modules:
+        sys.exit(status)
+    # JAX compiles on a thread of its own, which goes on behind Ctrl-C and cannot be waited for. Where it still runs when
+    # Python takes JAX's client down, that is a segmentation fault (jaxlib 0.10.2): nothing is taken down.
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
+            stream.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager

@@ -295,6 +295,11 @@ class Terminal:
         before, _, self.shown = self.shown.partition(words)
         return before
 
+    def waits_at_prompt(self) -> None:
+        """Reads the prompt. Python shows it before it waits in `select`; a signal in between counts with the next key."""
+        self.until(b"> ")
+        time.sleep(0.5)
+
     def type(self, content: bytes) -> None:
         os.write(self._reader, content)
 
@@ -313,8 +318,7 @@ def test_a_chat_at_a_terminal(two_layers: Path) -> None:
     terminal = Terminal("--model", str(two_layers), "--max-new-tokens", "100000", "--top-k", "1")
     try:
         assert b"JAX compiles" in terminal.until(b"/help lists commands.")
-        terminal.until(b"> ")
-        time.sleep(0.5)  # readline shows its prompt before it waits in a way that a signal ends
+        terminal.waits_at_prompt()
         terminal.interrupt()
         terminal.until(b"/exit or Ctrl-D leaves.")
         terminal.until(b"> ")
@@ -341,7 +345,7 @@ def test_a_chat_at_a_terminal(two_layers: Path) -> None:
 def test_sigterm_ends_a_chat(two_layers: Path) -> None:
     terminal = Terminal("--model", str(two_layers))
     try:
-        terminal.until(b"> ")
+        terminal.waits_at_prompt()
         terminal.job.send_signal(signal.SIGTERM)
         terminal.until(b"interrupted")
         assert terminal.job.wait(timeout=60) == 128 + signal.SIGTERM

@@ -178,3 +178,27 @@ def test_the_command_line_runs_on_any_thread(tiny: Path, capfd: pytest.CaptureFi
     thread.join()
     assert statuses == [0]
     assert json.loads(capfd.readouterr().out)["total_tensors"] == 79
+
+
+def test_ctrl_c_while_jax_compiles_ends_in_one_line(tiny: Path) -> None:
+    # What JAX compiles runs on: Python must not end below it.
+    program = """
+import os, signal, sys, threading, time
+from tensorport.cli import program
+
+def interrupt(main=threading.get_ident()):
+    while True:
+        frame = sys._current_frames()[main]
+        while frame is not None and not (frame.f_code.co_name == "prefill" and "text" in frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None and sys._current_frames()[main].f_code.co_name == "backend_compile_and_load":
+            break
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt, daemon=True).start()
+program()
+"""
+    command = [sys.executable, "-c", program, "generate", "--model", str(tiny), "--prompt-ids", "1,2,3"]
+    stopped = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "interrupted\n")
