@@ -20,6 +20,9 @@ __all__ = ["main", "program"]
 # Exit status of a job that was stopped: 128 and the number of SIGINT, as shells count.
 _INTERRUPTED = 130
 
+# From here on exit statuses are 128 and the number of a signal.
+_SIGNALLED = 128
+
 # Signals other than Ctrl-C's that ask a program to stop.
 _STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -33,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = _INTERRUPTED
-    return 128 + received[0] if received and status == _INTERRUPTED else status
+    return _SIGNALLED + received[0] if received and status == _INTERRUPTED else status
 
 
 def program() -> NoReturn:
     """Runs the command line as a program, and ends it."""
     status = main()
-    if "jax" not in sys.modules:
+    if "jax" not in sys.modules or status < _SIGNALLED:
         sys.exit(status)
     # JAX compiles on a thread of its own, which goes on behind Ctrl-C and cannot be waited for. Where it still runs when
     # Python takes JAX's client down, that is a segmentation fault (jaxlib 0.10.2): nothing is taken down.
