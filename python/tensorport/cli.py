@@ -44,8 +44,8 @@ def program() -> NoReturn:
     status = main()
     if "jax" not in sys.modules or status < _SIGNALLED:
         sys.exit(status)
-    # JAX compiles on a thread of its own, which goes on behind Ctrl-C and cannot be waited for. Where it still runs when
-    # Python takes JAX's client down, that is a segmentation fault (jaxlib 0.10.2): nothing is taken down.
+    # JAX compiles on a thread of its own, which goes on behind Ctrl-C and cannot be waited for. Where it still runs
+    # when Python takes JAX's client down, that is a segmentation fault (jaxlib 0.10.2): nothing is taken down.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or there is none
             stream.flush()

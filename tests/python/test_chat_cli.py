@@ -296,7 +296,7 @@ class Terminal:
         return before
 
     def waits_at_prompt(self) -> None:
-        """Reads the prompt. Python shows it before it waits in `select`; a signal in between counts with the next key."""
+        """Reads the prompt. Python shows it before it waits in `select`; a signal in between is seen at a key."""
         self.until(b"> ")
         time.sleep(0.5)
 
