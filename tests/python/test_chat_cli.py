@@ -225,7 +225,7 @@ def test_a_question_that_fails_is_dropped_and_the_chat_goes_on(
 
     answers += [Broken([]), Answer(deltas("final: fine"))]
     status, out, err = run(monkeypatch, capsys, two_layers, "a\nb\n")
-    assert (status, out) == (0, "fine\n")
+    assert (status, out) == (1, "fine\n")
     # No room would help.
     assert err == "error: row 0: found NaN\nThe question was dropped.\n"
     assert [message["content"] for message in calls[1]["messages"]] == ["b"]

@@ -63,7 +63,8 @@ def run(arguments: Sequence[str]) -> int:
             import readline  # noqa: F401, PLC0415 - what importing does
         note(f"{model!r}\n{COMPILES}\n/help lists commands.")
     chat.run()
-    return 0
+    # A person has seen what failed; a program that pipes questions in is told.
+    return 1 if chat.has_failed and not is_terminal(sys.stdin) else 0
 
 
 class _Chat:
@@ -77,6 +78,7 @@ class _Chat:
         self._stats: Any = None
         self._answer: ChatStream | None = None
         self._is_stopped = False
+        self.has_failed = False
 
     def check(self) -> None:
         """Refuses a checkpoint that has no template, or one that refuses what is said first."""
@@ -128,6 +130,7 @@ class _Chat:
             printer.end()
             hint = "" if isinstance(fault, ArithmeticError) else " /reset makes room."
             note(f"error: {fault}\nThe question was dropped.{hint}")
+            self.has_failed = True
             return
         finally:
             self._answer = None
