@@ -75,6 +75,16 @@ def _strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_code_goes() -> Iterator[None]:
+    """Lets go of what JAX compiled for a module's tests.
+
+    Each program takes mappings of memory. A process may have 65,530 (vm.max_map_count on Linux); then LLVM aborts.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def golden_hf() -> Path:
     """A tiny gpt-oss in the layout of Hugging Face; see tests/data/README.md."""
