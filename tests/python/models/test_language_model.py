@@ -214,7 +214,7 @@ def test_a_chat_answers_and_goes_on(speaker: LanguageModel) -> None:
 
 
 def test_a_model_and_what_it_wrote_show_in_a_few_lines(speaker: LanguageModel) -> None:
-    assert repr(speaker).endswith("/tiny': 1.21 MB>")
+    assert repr(speaker).endswith("/two_layers': 704.62 kB>")
     result = speaker.generate("Once", max_new_tokens=30, seed=4, ignore_eos=True, stats=True)
     first, *rest = repr(result).splitlines()
     assert first.startswith(f"Generation(ids=[{result.ids[0]}, {result.ids[1]}, ")
