@@ -12,6 +12,7 @@ import numpy as np
 from tensorport.reports import _Report, grouped, human_bytes
 from tensorport.text import ChatReply, HarmonyDelta, HarmonyParser, TextStream, reply, stop_token_ids
 from tensorport.text.decoding import Decoding, DecodingStats, decode
+from tensorport.text.tokenizer import configured_ids
 
 if TYPE_CHECKING:
     from tensorport.models.language_model import LanguageModel
@@ -260,16 +261,12 @@ class ChatStream(Iterator[HarmonyDelta]):
 
 def end_tokens(model: "LanguageModel") -> list[int]:
     """The checkpoint's own end tokens: its tokenizer's, or those of its configurations."""
-    from tensorport.text.tokenizer import configured_ids  # noqa: PLC0415 - files alone, no tokenizer
-
     size = model.decoder.vocab_size
     return [token for token in configured_ids(model.folder, "eos_token_id") if token < size]
 
 
 def padding_token(model: "LanguageModel") -> int:
     """What fills rows that ended early: the checkpoint's padding, else its first end token, else 0."""
-    from tensorport.text.tokenizer import configured_ids  # noqa: PLC0415 - as above
-
     padding = [token for token in configured_ids(model.folder, "pad_token_id") if token < model.decoder.vocab_size]
     return next(iter([*padding, *end_tokens(model)]), 0)
 
