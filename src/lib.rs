@@ -9,6 +9,7 @@
 //! | [`mod@convert`], [`transform`], [`work`], [`journal`], [`side_files`] | doing it: parallel, bounded, resumable |
 //! | [`manifest`], [`mod@verify`], [`checksum`] | what a converted tree says of itself, and whether that holds |
 //! | [`arena`], [`mod@load`], [`codec`] | tensors in memory: read from files, decoded and encoded |
+//! | [`kernels`], [`simd`] | products at memory speed on CPUs; which vector instructions there are |
 //! | [`inspect`], [`synthetic`], [`cli`] | tables and statistics, random checkpoints, the command line |
 
 pub mod arena;
@@ -27,6 +28,7 @@ pub mod header;
 pub mod index;
 pub mod inspect;
 pub mod journal;
+pub mod kernels;
 pub mod load;
 pub mod manifest;
 pub mod mapping;
