@@ -51,21 +51,15 @@ impl Threads for ScopedThreads {
     }
 }
 
-/// Divides `out` into chunks of `chunk` elements (the last may be shorter) and has each filled by one call of `fill`,
-/// which gets the chunk's number.
+/// Has each item consumed by one call of `work`, on any thread and in any order.
 ///
 /// # Panics
-/// When `chunk` is 0, or `fill` panics.
-pub fn for_each_chunk<T: Send>(
-    threads: &dyn Threads,
-    out: &mut [T],
-    chunk: usize,
-    fill: &(dyn Fn(usize, &mut [T]) + Sync),
-) {
-    let chunks: Vec<Mutex<Option<&mut [T]>>> = out.chunks_mut(chunk).map(|chunk| Mutex::new(Some(chunk))).collect();
-    threads.run(chunks.len(), &|number| {
-        let chunk = chunks[number].lock().expect("nothing panics while it is locked").take();
-        fill(number, chunk.expect("each number comes once"));
+/// When `work` does.
+pub fn for_each<T: Send>(threads: &dyn Threads, items: impl IntoIterator<Item = T>, work: &(dyn Fn(T) + Sync)) {
+    let items: Vec<Mutex<Option<T>>> = items.into_iter().map(|item| Mutex::new(Some(item))).collect();
+    threads.run(items.len(), &|number| {
+        let item = items[number].lock().expect("nothing panics while it is locked").take();
+        work(item.expect("each number comes once"));
     });
 }
 
@@ -74,15 +68,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_chunk_is_filled_once_by_its_number() {
+    fn every_item_is_consumed_once() {
         for threads in [1, 2, 5] {
-            for (length, chunk) in [(0, 3), (1, 3), (7, 3), (9, 3), (1000, 1)] {
-                let mut out = vec![usize::MAX; length];
-                for_each_chunk(&ScopedThreads(threads), &mut out, chunk, &|number, chunk| {
-                    assert!(chunk.iter().all(|&value| value == usize::MAX));
-                    chunk.fill(number);
-                });
-                assert!(out.iter().enumerate().all(|(index, &number)| number == index / chunk));
+            for length in [0, 1, 7, 1000] {
+                let mut out = vec![0; length];
+                for_each(&ScopedThreads(threads), out.iter_mut().enumerate(), &|(number, out)| *out += number + 1);
+                assert!(out.iter().enumerate().all(|(index, &value)| value == index + 1));
             }
         }
     }

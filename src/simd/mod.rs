@@ -3,7 +3,17 @@
 //! A kernel is written once, plainly, in a way that compilers vectorise; that plain code is also its oracle. Tests compare
 //! every level that the machine has with it.
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod plain;
+mod vectors;
+
 use std::fmt;
+
+pub(crate) use plain::Plain;
+pub(crate) use vectors::{VectorKernel, Vectors};
 
 /// A loop to run with the widest vectors at hand.
 pub(crate) trait Kernel {
@@ -25,6 +35,8 @@ enum Instructions {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
 }
 
 impl Level {
@@ -35,12 +47,16 @@ impl Level {
     #[must_use]
     pub fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") {
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
             let has_avx512 = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            return Self(if has_avx512 { Instructions::Avx512 } else { Instructions::Avx2 });
+            return Self(match (has_avx512, is_x86_feature_detected!("avx512bf16")) {
+                (true, true) => Instructions::Avx512Bf16,
+                (true, false) => Instructions::Avx512,
+                (false, _) => Instructions::Avx2,
+            });
         }
         Self::PLAIN
     }
@@ -54,6 +70,8 @@ impl Level {
             Instructions::Avx2,
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx512,
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512Bf16,
         ];
         levels.into_iter().map(Self).filter(|level| *level <= Self::best()).collect()
     }
@@ -64,18 +82,61 @@ impl Level {
         self.0 >= Instructions::Avx2
     }
 
+    /// Whether products of bfloat16 are one instruction.
+    pub(crate) fn has_bf16_dot(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.0 == Instructions::Avx512Bf16;
+        #[cfg(not(target_arch = "x86_64"))]
+        false
+    }
+
     /// Runs a kernel with these instructions.
     #[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls functions compiled for other processors"))]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self.0 {
             Instructions::Plain => kernel.run(),
-            // SAFETY: only `best` and `all` make this level, after detecting AVX2.
+            // SAFETY: only `best` and `all` make this level, after detecting AVX2 and FMA.
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx2 => unsafe { run_avx2(kernel) },
-            // SAFETY: only `best` and `all` make this level, after detecting these four and AVX2.
+            // SAFETY: only `best` and `all` make this level, after detecting these four, AVX2 and FMA.
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx512 => unsafe { run_avx512(kernel) },
+            // SAFETY: only `best` and `all` make this level, after detecting these five, AVX2 and FMA.
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512Bf16 => unsafe { run_avx512_bf16(kernel) },
         }
+    }
+
+    /// Runs a kernel that is written in vectors with those of this level.
+    #[cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "calls functions compiled for other processors"))]
+    pub(crate) fn run_vectors<K: VectorKernel>(self, kernel: K) -> K::Output {
+        match self.0 {
+            Instructions::Plain => kernel.run(Plain),
+            // SAFETY: only `best` and `all` make this level, after detecting all that these functions enable and that
+            // the vectors ask for.
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx2 => unsafe { run_avx2(WithVectors(kernel, avx2::Avx2::new())) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512 => unsafe { run_avx512(WithVectors(kernel, avx512::Avx512::<false>::new())) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512Bf16 => unsafe { run_avx512_bf16(WithVectors(kernel, avx512::Avx512::<true>::new())) },
+        }
+    }
+}
+
+/// A kernel and its vectors, as one kernel.
+#[cfg(target_arch = "x86_64")]
+struct WithVectors<K, V>(K, V);
+
+#[cfg(target_arch = "x86_64")]
+impl<K: VectorKernel, V: Vectors> Kernel for WithVectors<K, V> {
+    type Output = K::Output;
+
+    #[inline(always)]
+    fn run(self) -> K::Output {
+        self.0.run(self.1)
     }
 }
 
@@ -87,18 +148,26 @@ impl fmt::Display for Level {
             Instructions::Avx2 => "AVX2",
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx512 => "AVX-512",
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512Bf16 => "AVX-512 BF16",
         })
     }
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn run_avx2<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,avx512f,avx512bw,avx512dq,avx512vl")]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
 fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn run_avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }

@@ -1,0 +1,160 @@
+//! Matrices as checkpoints store them: rows of MXFP4 or bfloat16, the contracted axis last.
+
+use std::ops::Range;
+
+use crate::mxfp4::{BLOCK_BYTES, MX_BLOCK_SIZE};
+
+/// What rows are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// Blocks of 32 codes in 16 bytes, the low nibble first, and a scale byte for each.
+    Mxfp4,
+    /// bfloat16, little endian.
+    Bf16,
+}
+
+/// A matrix [rows, columns], or a stack of such: then experts are ranges of rows.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrix<'a> {
+    format: Format,
+    rows: usize,
+    columns: usize,
+    bytes: &'a [u8],
+    scales: &'a [u8],
+}
+
+impl<'a> Matrix<'a> {
+    /// Codes [rows, columns / 32, 16] and scales [rows, columns / 32].
+    ///
+    /// # Panics
+    /// When lengths do not fit: `scales` has one byte for 16 of `blocks`, and `rows` times as many as a row.
+    #[must_use]
+    pub fn mxfp4(rows: usize, blocks: &'a [u8], scales: &'a [u8]) -> Self {
+        assert!(blocks.len() == BLOCK_BYTES * scales.len(), "one scale for each block");
+        let groups = scales.len().checked_div(rows).unwrap_or(0);
+        assert!(groups * rows == scales.len(), "rows of one length");
+        Self { format: Format::Mxfp4, rows, columns: groups * MX_BLOCK_SIZE, bytes: blocks, scales }
+    }
+
+    /// bfloat16 [rows, columns] as bytes, wherever they stand in memory.
+    ///
+    /// # Panics
+    /// When there are not 2 · `rows` · `columns` bytes.
+    #[must_use]
+    pub fn bf16(rows: usize, columns: usize, bytes: &'a [u8]) -> Self {
+        assert!(
+            Some(bytes.len()) == rows.checked_mul(columns).and_then(|elems| elems.checked_mul(2)),
+            "two bytes each"
+        );
+        Self { format: Format::Bf16, rows, columns, bytes, scales: &[] }
+    }
+
+    /// What its rows are made of.
+    #[must_use]
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// How many rows it has.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// How many values a row has.
+    #[must_use]
+    pub fn columns(&self) -> usize {
+        self.columns
+    }
+
+    /// Bytes of a row, its scales included.
+    #[must_use]
+    pub fn row_bytes(&self) -> usize {
+        match self.format {
+            Format::Mxfp4 => self.columns / MX_BLOCK_SIZE * (BLOCK_BYTES + 1),
+            Format::Bf16 => 2 * self.columns,
+        }
+    }
+
+    /// The matrix of these rows.
+    pub(super) fn slice(&self, rows: Range<usize>) -> Self {
+        let (bytes, scales) = match self.format {
+            Format::Mxfp4 => (self.columns / 2, self.columns / MX_BLOCK_SIZE),
+            Format::Bf16 => (2 * self.columns, 0),
+        };
+        Self {
+            rows: rows.len(),
+            bytes: &self.bytes[rows.start * bytes..rows.end * bytes],
+            scales: &self.scales[rows.start * scales..rows.end * scales],
+            ..*self
+        }
+    }
+
+    /// One row.
+    #[inline(always)]
+    pub(super) fn row(&self, row: usize) -> Row<'a> {
+        match self.format {
+            Format::Mxfp4 => {
+                let groups = self.columns / MX_BLOCK_SIZE;
+                let start = row * groups;
+                Row {
+                    bytes: &self.bytes[BLOCK_BYTES * start..BLOCK_BYTES * (start + groups)],
+                    scales: &self.scales[start..start + groups],
+                }
+            }
+            Format::Bf16 => {
+                Row { bytes: &self.bytes[2 * row * self.columns..2 * (row + 1) * self.columns], scales: &[] }
+            }
+        }
+    }
+}
+
+/// One row: codes and a scale for each 16 bytes of them, or bfloat16 and no scales.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Row<'a> {
+    pub(super) bytes: &'a [u8],
+    pub(super) scales: &'a [u8],
+}
+
+/// Bytes that are expanded at once.
+pub(super) const CHUNK_BYTES: usize = 64;
+
+/// 64 bytes of a row, and the scales of their blocks.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Chunk<'a> {
+    pub(super) bytes: &'a [u8; CHUNK_BYTES],
+    pub(super) scales: [u8; 4],
+}
+
+impl<'a> Row<'a> {
+    /// The whole chunks of a row, and what is left of it.
+    #[inline(always)]
+    pub(super) fn chunks(self) -> (impl ExactSizeIterator<Item = Chunk<'a>>, Tail) {
+        let (bytes, rest) = self.bytes.as_chunks::<CHUNK_BYTES>();
+        let (scales, rest_of_scales) = self.scales.as_chunks::<4>();
+        let mut tail = Tail { bytes: [0; CHUNK_BYTES], scales: [0; 4], is_empty: rest.is_empty() };
+        tail.bytes[..rest.len()].copy_from_slice(rest);
+        tail.scales[..rest_of_scales.len()].copy_from_slice(rest_of_scales);
+        let chunks = bytes.iter().enumerate().map(
+            #[inline(always)]
+            move |(number, bytes)| Chunk { bytes, scales: scales.get(number).copied().unwrap_or_default() },
+        );
+        (chunks, tail)
+    }
+}
+
+/// The last bytes of a row, and zeros: codes of value zero.
+#[derive(Debug)]
+pub(super) struct Tail {
+    bytes: [u8; CHUNK_BYTES],
+    scales: [u8; 4],
+    is_empty: bool,
+}
+
+impl Tail {
+    /// As a chunk; None if the row had nothing left.
+    #[inline(always)]
+    pub(super) fn chunk(&self) -> Option<Chunk<'_>> {
+        (!self.is_empty).then_some(Chunk { bytes: &self.bytes, scales: self.scales })
+    }
+}

@@ -1,0 +1,114 @@
+//! Rows of activations in the order in which chunks of a matrix expand.
+//!
+//! A chunk of 64 bytes expands to N vectors of L values: value `lane * N + j` of the chunk is in lane `lane` of vector
+//! j, for that is what a shift of all lanes and a table make of codes. Activations are put into the same order once,
+//! rather than each row of a matrix into theirs.
+
+use super::floats::{Floats, from_bf16};
+use super::matrix::{CHUNK_BYTES, Format};
+use crate::simd::Vectors;
+
+/// The values of one vector.
+pub(super) trait Operand<V: Vectors>: Copy + Send + Sync + 'static {
+    /// What they are in registers.
+    type Vector: Copy;
+
+    fn load(&self, vectors: V) -> Self::Vector;
+    /// The products of two vectors added to sums.
+    fn mul_add(vectors: V, a: Self::Vector, b: Self::Vector, sums: V::Floats) -> V::Floats;
+}
+
+impl<V: Vectors> Operand<V> for [f32; 16] {
+    type Vector = V::Floats;
+
+    #[inline(always)]
+    fn load(&self, vectors: V) -> V::Floats {
+        vectors.load_f32(self)
+    }
+
+    #[inline(always)]
+    fn mul_add(vectors: V, a: V::Floats, b: V::Floats, sums: V::Floats) -> V::Floats {
+        vectors.mul_add(a, b, sums)
+    }
+}
+
+impl<V: Vectors> Operand<V> for [u16; 32] {
+    type Vector = V::Words;
+
+    #[inline(always)]
+    fn load(&self, vectors: V) -> V::Words {
+        vectors.load(zerocopy::transmute_ref!(self))
+    }
+
+    #[inline(always)]
+    fn mul_add(vectors: V, a: V::Words, b: V::Words, sums: V::Floats) -> V::Floats {
+        vectors.bf16_dot(a, b, sums)
+    }
+}
+
+/// Packed rows: of float32, or of bfloat16 for processors that multiply it.
+#[derive(Debug)]
+pub(super) enum Packed {
+    F32(Rows<[f32; 16]>),
+    Bf16(Rows<[u16; 32]>),
+}
+
+/// Packed rows of one length.
+#[derive(Debug)]
+pub(super) struct Rows<X> {
+    vectors: Vec<X>,
+    vectors_of_row: usize,
+}
+
+impl<X> Rows<X> {
+    #[inline(always)]
+    pub(super) fn get(&self, row: usize) -> &[X] {
+        &self.vectors[row * self.vectors_of_row..(row + 1) * self.vectors_of_row]
+    }
+}
+
+impl Packed {
+    /// Rows [rows, columns] for products with matrices of `format`. bfloat16 stays what it is if `has_bf16_dot`.
+    pub(super) fn new(x: Floats<'_>, columns: usize, format: Format, has_bf16_dot: bool) -> Self {
+        let rows = x.len().checked_div(columns).unwrap_or(0);
+        match x {
+            Floats::Bf16(values) if has_bf16_dot => {
+                Self::Bf16(pack(rows, columns, format, 0, |row, column| values[row * columns + column]))
+            }
+            Floats::Bf16(values) => {
+                Self::F32(pack(rows, columns, format, 0.0, |row, column| from_bf16(values[row * columns + column])))
+            }
+            Floats::F32(values) => Self::f32(rows, columns, format, |row, column| values[row * columns + column]),
+        }
+    }
+
+    /// Rows of float32 that `value` tells: of a row and a column.
+    pub(super) fn f32(rows: usize, columns: usize, format: Format, value: impl Fn(usize, usize) -> f32) -> Self {
+        Self::F32(pack(rows, columns, format, 0.0, value))
+    }
+}
+
+fn pack<T: Copy, const LANES: usize>(
+    rows: usize,
+    columns: usize,
+    format: Format,
+    zero: T,
+    value: impl Fn(usize, usize) -> T,
+) -> Rows<[T; LANES]> {
+    let values_of_chunk = match format {
+        Format::Mxfp4 => 2 * CHUNK_BYTES,
+        Format::Bf16 => CHUNK_BYTES / 2,
+    };
+    let vectors_of_chunk = values_of_chunk / LANES;
+    let vectors_of_row = columns.div_ceil(values_of_chunk) * vectors_of_chunk;
+    let mut vectors = vec![[zero; LANES]; rows * vectors_of_row];
+    for (row, vectors) in vectors.chunks_exact_mut(vectors_of_row.max(1)).enumerate() {
+        for (chunk, vectors) in vectors.chunks_exact_mut(vectors_of_chunk).enumerate() {
+            let first = chunk * values_of_chunk;
+            for place in 0..values_of_chunk.min(columns - first) {
+                vectors[place % vectors_of_chunk][place / vectors_of_chunk] = value(row, first + place);
+            }
+        }
+    }
+    Rows { vectors, vectors_of_row }
+}

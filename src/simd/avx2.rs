@@ -1,0 +1,169 @@
+//! Vectors of AVX2, each in two registers.
+
+#![expect(unsafe_code, reason = "intrinsics, which the processor must have")]
+
+use std::arch::x86_64::{
+    __m128i, __m256, __m256i, _MM_HINT_T0, _mm_add_ps, _mm_cvtsi32_si128, _mm_prefetch, _mm256_add_ps,
+    _mm256_and_si256, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmpeq_epi32, _mm256_extractf128_ps,
+    _mm256_fmadd_ps, _mm256_max_epi32, _mm256_mul_ps, _mm256_or_si256, _mm256_permutevar8x32_epi32, _mm256_set1_epi32,
+    _mm256_setzero_ps, _mm256_slli_epi32, _mm256_srl_epi32,
+};
+
+use zerocopy::transmute;
+
+use super::plain::Plain;
+use super::vectors::Vectors;
+use crate::mxfp4::E2M1;
+
+/// AVX2 and FMA.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// # Safety
+    /// The processor must have these instructions.
+    pub(super) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+/// The eight magnitudes.
+const MAGNITUDES: [f32; 8] = *E2M1.first_chunk().expect("there are sixteen values");
+
+// SAFETY of all blocks below: a value of the type exists only where the processor has the instructions. None of them
+// touches memory, but `_mm_prefetch`, which reads nothing and takes any address.
+impl Vectors for Avx2 {
+    type Floats = [__m256; 2];
+    type Words = [__m256i; 2];
+
+    const HAS_BF16_DOT: bool = false;
+
+    #[inline(always)]
+    fn zero(self) -> [__m256; 2] {
+        unsafe { [_mm256_setzero_ps(); 2] }
+    }
+
+    #[inline(always)]
+    fn load_f32(self, values: &[f32; 16]) -> [__m256; 2] {
+        transmute!(*values)
+    }
+
+    #[inline(always)]
+    fn store_f32(self, values: [__m256; 2]) -> [f32; 16] {
+        transmute!(values)
+    }
+
+    #[inline(always)]
+    fn load(self, bytes: &[u8; 64]) -> [__m256i; 2] {
+        transmute!(*bytes)
+    }
+
+    #[inline(always)]
+    fn store_bf16(self, words: [__m256i; 2]) -> [u16; 32] {
+        transmute!(words)
+    }
+
+    #[inline(always)]
+    fn add(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+
+    #[inline(always)]
+    fn sum(self, a: [__m256; 2]) -> f32 {
+        let quarters: [f32; 4] = unsafe {
+            let half = _mm256_add_ps(a[0], a[1]);
+            transmute!(_mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps::<1>(half)))
+        };
+        (quarters[0] + quarters[2]) + (quarters[1] + quarters[3])
+    }
+
+    #[inline(always)]
+    fn e2m1(self, codes: [__m256i; 2], shift: u32) -> [__m256; 2] {
+        // No closures: they would not be compiled for these vectors.
+        [e2m1(codes[0], shift), e2m1(codes[1], shift)]
+    }
+
+    /// Not used: bfloat16 is converted to f32.
+    #[inline(always)]
+    fn e2m1_bf16(self, codes: [__m256i; 2], shift: u32) -> [__m256i; 2] {
+        transmute!(Plain.e2m1_bf16(transmute!(codes), shift))
+    }
+
+    #[inline(always)]
+    fn e8m0(self, scales: [u8; 4]) -> [__m256; 2] {
+        [e8m0([scales[0], scales[1]]), e8m0([scales[2], scales[3]])]
+    }
+
+    /// Not used, as above.
+    #[inline(always)]
+    fn scale_bf16(self, values: [__m256i; 2], codes: [__m256i; 2], shift: u32, scales: [u8; 4]) -> [__m256i; 2] {
+        transmute!(Plain.scale_bf16(transmute!(values), transmute!(codes), shift, scales))
+    }
+
+    #[inline(always)]
+    fn bf16_even(self, words: [__m256i; 2]) -> [__m256; 2] {
+        unsafe {
+            [
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words[0])),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words[1])),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn bf16_odd(self, words: [__m256i; 2]) -> [__m256; 2] {
+        unsafe {
+            let mask = _mm256_set1_epi32(-1 << 16);
+            [
+                _mm256_castsi256_ps(_mm256_and_si256(words[0], mask)),
+                _mm256_castsi256_ps(_mm256_and_si256(words[1], mask)),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, line: &[u8; 64], ahead: usize) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead).cast()) }
+    }
+}
+
+/// How far to shift; constant where the caller's is.
+#[inline(always)]
+fn count(shift: u32) -> __m128i {
+    // SAFETY: every processor of the target has it.
+    unsafe { _mm_cvtsi32_si128(shift.cast_signed()) }
+}
+
+#[inline(always)]
+fn e2m1(codes: __m256i, shift: u32) -> __m256 {
+    // SAFETY: called by methods of the type alone, as above.
+    unsafe {
+        let shifted = _mm256_srl_epi32(codes, count(shift));
+        // `vpermd` looks at three bits of an index; the fourth is the sign.
+        let magnitude = _mm256_permutevar8x32_epi32(transmute!(MAGNITUDES), shifted);
+        let sign = _mm256_and_si256(_mm256_slli_epi32::<28>(shifted), _mm256_set1_epi32(i32::MIN));
+        _mm256_castsi256_ps(_mm256_or_si256(magnitude, sign))
+    }
+}
+
+#[inline(always)]
+fn e8m0([low, high]: [u8; 2]) -> __m256 {
+    let (low, high) = (u32::from(low), u32::from(high));
+    // SAFETY: as above.
+    unsafe {
+        let exponents = _mm256_slli_epi32::<23>(transmute!([low, low, low, low, high, high, high, high]));
+        let nan = _mm256_cmpeq_epi32(exponents, _mm256_set1_epi32(0xff << 23));
+        let factors = _mm256_max_epi32(exponents, _mm256_set1_epi32(1 << 22));
+        _mm256_castsi256_ps(_mm256_or_si256(factors, nan))
+    }
+}

@@ -1,0 +1,176 @@
+//! Vectors of AVX-512, each in one register.
+
+#![expect(unsafe_code, reason = "intrinsics, which the processor must have")]
+
+use std::arch::x86_64::{
+    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_prefetch, _mm512_add_ps, _mm512_and_si512,
+    _mm512_castsi512_ps, _mm512_cmpeq_epi32_mask, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_mask_add_epi16,
+    _mm512_mask_mov_epi32, _mm512_max_epi32, _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_permutexvar_ps,
+    _mm512_reduce_add_ps, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_shuffle_epi8,
+    _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srl_epi16, _mm512_srl_epi32, _mm512_sub_epi16, _mm512_test_epi16_mask,
+};
+
+use zerocopy::transmute;
+
+use super::Vectors;
+use crate::mxfp4::E2M1;
+
+/// AVX-512 F, BW, DQ and VL, FMA; with `BF16`, its products of bfloat16 as well.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Avx512<const BF16: bool>(());
+
+impl<const BF16: bool> Avx512<BF16> {
+    /// # Safety
+    /// The processor must have these instructions.
+    pub(super) unsafe fn new() -> Self {
+        Self(())
+    }
+}
+
+/// The sixteen values as bfloat16, twice: `vpermw` looks at five bits of an index.
+const E2M1_BF16: [u16; 32] = {
+    let mut table = [0; 32];
+    let mut code = 0;
+    while code < 32 {
+        table[code] = (E2M1[code % 16].to_bits() >> 16) as u16;
+        code += 1;
+    }
+    table
+};
+
+/// For `vpshufb` within each quarter of a register that holds four scale bytes over and over: quarter i's byte i, as the
+/// lowest byte of every 32 or 16 bits. A negative index gives zero.
+const fn spread(lane_bytes: usize) -> [i8; 64] {
+    let mut indices = [-1; 64];
+    let mut byte = 0;
+    while byte < 64 {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "0 .. 4")]
+        {
+            indices[byte] = (byte / 16) as i8;
+        }
+        byte += lane_bytes;
+    }
+    indices
+}
+
+const SPREAD_32: [i8; 64] = spread(4);
+const SPREAD_16: [i8; 64] = spread(2);
+
+// SAFETY of all blocks below: a value of the type exists only where the processor has the instructions. None of them
+// touches memory, but `_mm_prefetch`, which reads nothing and takes any address.
+impl<const BF16: bool> Vectors for Avx512<BF16> {
+    type Floats = __m512;
+    type Words = __m512i;
+
+    const HAS_BF16_DOT: bool = BF16;
+
+    #[inline(always)]
+    fn zero(self) -> __m512 {
+        unsafe { _mm512_setzero_ps() }
+    }
+
+    #[inline(always)]
+    fn load_f32(self, values: &[f32; 16]) -> __m512 {
+        transmute!(*values)
+    }
+
+    #[inline(always)]
+    fn store_f32(self, values: __m512) -> [f32; 16] {
+        transmute!(values)
+    }
+
+    #[inline(always)]
+    fn load(self, bytes: &[u8; 64]) -> __m512i {
+        transmute!(*bytes)
+    }
+
+    #[inline(always)]
+    fn store_bf16(self, words: __m512i) -> [u16; 32] {
+        transmute!(words)
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn sum(self, a: __m512) -> f32 {
+        unsafe { _mm512_reduce_add_ps(a) }
+    }
+
+    #[inline(always)]
+    fn e2m1(self, codes: __m512i, shift: u32) -> __m512 {
+        // `vpermps` looks at four bits of an index.
+        unsafe { _mm512_permutexvar_ps(_mm512_srl_epi32(codes, count(shift)), transmute!(E2M1)) }
+    }
+
+    #[inline(always)]
+    fn e2m1_bf16(self, codes: __m512i, shift: u32) -> __m512i {
+        unsafe { _mm512_permutexvar_epi16(_mm512_srl_epi16(codes, count(shift)), transmute!(E2M1_BF16)) }
+    }
+
+    #[inline(always)]
+    fn e8m0(self, scales: [u8; 4]) -> __m512 {
+        unsafe {
+            let bytes = _mm512_shuffle_epi8(_mm512_set1_epi32(i32::from_le_bytes(scales)), transmute!(SPREAD_32));
+            let exponents = _mm512_slli_epi32::<23>(bytes);
+            let nan = _mm512_cmpeq_epi32_mask(exponents, _mm512_set1_epi32(0xff << 23));
+            let factors = _mm512_max_epi32(exponents, _mm512_set1_epi32(1 << 22));
+            _mm512_castsi512_ps(_mm512_mask_mov_epi32(factors, nan, _mm512_set1_epi32(-1)))
+        }
+    }
+
+    #[inline(always)]
+    fn scale_bf16(self, values: __m512i, codes: __m512i, shift: u32, scales: [u8; 4]) -> __m512i {
+        unsafe {
+            let bytes = _mm512_shuffle_epi8(_mm512_set1_epi32(i32::from_le_bytes(scales)), transmute!(SPREAD_16));
+            let exponents = _mm512_slli_epi16::<7>(_mm512_sub_epi16(bytes, _mm512_set1_epi16(127)));
+            let magnitude = _mm512_set1_epi16(7 << shift);
+            // Zero has no exponent to add to.
+            _mm512_mask_add_epi16(values, _mm512_test_epi16_mask(codes, magnitude), values, exponents)
+        }
+    }
+
+    #[inline(always)]
+    fn bf16_even(self, words: __m512i) -> __m512 {
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)) }
+    }
+
+    #[inline(always)]
+    fn bf16_odd(self, words: __m512i) -> __m512 {
+        unsafe { _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-1 << 16))) }
+    }
+
+    #[inline(always)]
+    fn bf16_dot(self, a: __m512i, b: __m512i, sum: __m512) -> __m512 {
+        if BF16 {
+            let (a, b): (__m512bh, __m512bh) = (transmute!(a), transmute!(b));
+            return unsafe { _mm512_dpbf16_ps(sum, a, b) };
+        }
+        let sum = self.mul_add(self.bf16_odd(a), self.bf16_odd(b), sum);
+        self.mul_add(self.bf16_even(a), self.bf16_even(b), sum)
+    }
+
+    #[inline(always)]
+    fn prefetch(self, line: &[u8; 64], ahead: usize) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead).cast()) }
+    }
+}
+
+/// How far to shift; constant where the caller's is.
+#[inline(always)]
+fn count(shift: u32) -> std::arch::x86_64::__m128i {
+    // SAFETY: every processor of the target has it.
+    unsafe { _mm_cvtsi32_si128(shift.cast_signed()) }
+}

@@ -1,0 +1,141 @@
+//! Vectors as plain arrays: for processors without others, and the oracle of those.
+
+use super::Vectors;
+use crate::mxfp4::E2M1;
+
+/// Arrays.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Plain;
+
+impl Vectors for Plain {
+    type Floats = [f32; 16];
+    type Words = [u32; 16];
+
+    const HAS_BF16_DOT: bool = false;
+
+    #[inline(always)]
+    fn zero(self) -> [f32; 16] {
+        [0.0; 16]
+    }
+
+    #[inline(always)]
+    fn load_f32(self, values: &[f32; 16]) -> [f32; 16] {
+        *values
+    }
+
+    #[inline(always)]
+    fn store_f32(self, values: [f32; 16]) -> [f32; 16] {
+        values
+    }
+
+    #[inline(always)]
+    fn load(self, bytes: &[u8; 64]) -> [u32; 16] {
+        let mut words = [0; 16];
+        for (word, bytes) in words.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *word = u32::from_le_bytes(*bytes);
+        }
+        words
+    }
+
+    #[inline(always)]
+    fn store_bf16(self, words: [u32; 16]) -> [u16; 32] {
+        let mut halves = [0; 32];
+        for (halves, word) in halves.as_chunks_mut::<2>().0.iter_mut().zip(words) {
+            *halves = halves_of(word);
+        }
+        halves
+    }
+
+    #[inline(always)]
+    fn add(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|lane| a[lane] + b[lane])
+    }
+
+    #[inline(always)]
+    fn mul(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|lane| a[lane] * b[lane])
+    }
+
+    #[inline(always)]
+    fn mul_add(self, a: [f32; 16], b: [f32; 16], c: [f32; 16]) -> [f32; 16] {
+        // Without the instruction, rounding once takes a call for every lane.
+        if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
+            std::array::from_fn(|lane| a[lane].mul_add(b[lane], c[lane]))
+        } else {
+            std::array::from_fn(|lane| a[lane] * b[lane] + c[lane])
+        }
+    }
+
+    #[inline(always)]
+    fn sum(self, a: [f32; 16]) -> f32 {
+        let mut lanes = a;
+        for half in [8, 4, 2, 1] {
+            for lane in 0..half {
+                lanes[lane] += lanes[lane + half];
+            }
+        }
+        lanes[0]
+    }
+
+    #[inline(always)]
+    fn e2m1(self, codes: [u32; 16], shift: u32) -> [f32; 16] {
+        codes.map(|word| E2M1[(word >> shift & 0xf) as usize])
+    }
+
+    #[inline(always)]
+    fn e2m1_bf16(self, codes: [u32; 16], shift: u32) -> [u32; 16] {
+        codes.map(|word| word_of(halves_of(word).map(|half| bf16(E2M1[usize::from(half >> shift & 0xf)]))))
+    }
+
+    #[inline(always)]
+    fn e8m0(self, scales: [u8; 4]) -> [f32; 16] {
+        std::array::from_fn(|lane| scale(scales[lane / 4]))
+    }
+
+    #[inline(always)]
+    fn scale_bf16(self, values: [u32; 16], _: [u32; 16], _: u32, scales: [u8; 4]) -> [u32; 16] {
+        std::array::from_fn(|lane| {
+            word_of(halves_of(values[lane]).map(|half| bf16(float(half) * scale(scales[lane / 4]))))
+        })
+    }
+
+    #[inline(always)]
+    fn bf16_even(self, words: [u32; 16]) -> [f32; 16] {
+        words.map(|word| f32::from_bits(word << 16))
+    }
+
+    #[inline(always)]
+    fn bf16_odd(self, words: [u32; 16]) -> [f32; 16] {
+        words.map(|word| f32::from_bits(word & 0xffff_0000))
+    }
+
+    #[inline(always)]
+    fn prefetch(self, _: &[u8; 64], _: usize) {}
+}
+
+/// 2^(byte − 127), NaN for 255.
+fn scale(byte: u8) -> f32 {
+    match byte {
+        0 => f32::from_bits(1 << 22), // subnormal
+        u8::MAX => f32::NAN,
+        byte => f32::from_bits(u32::from(byte) << 23),
+    }
+}
+
+fn float(half: u16) -> f32 {
+    f32::from_bits(u32::from(half) << 16)
+}
+
+/// The upper half of a float whose lower half is zero, or that is NaN.
+fn bf16(value: f32) -> u16 {
+    (value.to_bits() >> 16) as u16
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "takes it apart")]
+fn halves_of(word: u32) -> [u16; 2] {
+    [word as u16, (word >> 16) as u16]
+}
+
+fn word_of([even, odd]: [u16; 2]) -> u32 {
+    u32::from(odd) << 16 | u32::from(even)
+}

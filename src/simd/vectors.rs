@@ -1,0 +1,65 @@
+//! Vectors of 64 bytes and what the kernels for products do with them.
+
+/// A kernel that is written in vectors.
+pub(crate) trait VectorKernel {
+    /// What it returns.
+    type Output;
+    /// The loop; `#[inline(always)]`, so that it is compiled within each level's function.
+    fn run<V: Vectors>(self, vectors: V) -> Self::Output;
+}
+
+/// Vectors of 64 bytes in one or several registers. A value of the type is proof that the processor has them.
+///
+/// All methods are `#[inline(always)]`, and mean something only within a function compiled for these instructions.
+pub(crate) trait Vectors: Copy {
+    /// Sixteen f32.
+    type Floats: Copy;
+    /// Sixteen integers of 32 bits, or thirty-two bfloat16.
+    type Words: Copy;
+
+    /// Whether `bf16_dot` is one instruction, which beats converting to f32.
+    const HAS_BF16_DOT: bool;
+
+    /// All zero.
+    fn zero(self) -> Self::Floats;
+    /// From memory.
+    fn load_f32(self, values: &[f32; 16]) -> Self::Floats;
+    /// To memory.
+    fn store_f32(self, values: Self::Floats) -> [f32; 16];
+    /// From memory, little endian.
+    fn load(self, bytes: &[u8; 64]) -> Self::Words;
+    /// To memory.
+    fn store_bf16(self, words: Self::Words) -> [u16; 32];
+    /// a + b.
+    fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// a · b.
+    fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// a · b + c, rounded once where the processor can.
+    fn mul_add(self, a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    /// The sum of all lanes, in some order.
+    fn sum(self, a: Self::Floats) -> f32;
+
+    /// Values of the E2M1 codes in bits `shift` .. `shift` + 4 of each 32-bit lane.
+    fn e2m1(self, codes: Self::Words, shift: u32) -> Self::Floats;
+    /// Values of the E2M1 codes in bits `shift` .. `shift` + 4 of each 16-bit lane, as bfloat16.
+    fn e2m1_bf16(self, codes: Self::Words, shift: u32) -> Self::Words;
+    /// The factors of four scale bytes, each on four lanes: 2^(byte − 127), and NaN for 255.
+    fn e8m0(self, scales: [u8; 4]) -> Self::Floats;
+    /// bfloat16 values, of which `codes` (in bits `shift` .. `shift` + 4 of each 16-bit lane) say which are not zero,
+    /// times 2^(byte − 127) of four scale bytes, each on eight lanes. For bytes 2 .. 252.
+    fn scale_bf16(self, values: Self::Words, codes: Self::Words, shift: u32, scales: [u8; 4]) -> Self::Words;
+
+    /// The lower bfloat16 of each 32-bit lane.
+    fn bf16_even(self, words: Self::Words) -> Self::Floats;
+    /// The upper bfloat16 of each 32-bit lane.
+    fn bf16_odd(self, words: Self::Words) -> Self::Floats;
+    /// In each 32-bit lane both products of bfloat16 added to `sum`. Where it is one instruction, what is subnormal
+    /// counts as zero.
+    #[inline(always)]
+    fn bf16_dot(self, a: Self::Words, b: Self::Words, sum: Self::Floats) -> Self::Floats {
+        let sum = self.mul_add(self.bf16_odd(a), self.bf16_odd(b), sum);
+        self.mul_add(self.bf16_even(a), self.bf16_even(b), sum)
+    }
+    /// Asks for the line that is `ahead` bytes behind the start of `line`, which need not exist.
+    fn prefetch(self, line: &[u8; 64], ahead: usize);
+}
