@@ -2,6 +2,7 @@
 //!
 //! XLA's threads flush subnormals to zero, and take those they read for zero. A value such as 2^-127, which the MXFP4
 //! scale byte 0 means, would be zero on them and itself on others; and Rust's compiler counts on the default state.
+
 use std::marker::PhantomData;
 
 /// The default state on this thread: rounds to nearest even, keeps subnormals, traps nothing. Restores the former state
