@@ -65,8 +65,8 @@ def call(
     Arguments reach it in their own memory, without a copy, as long as they are whole arrays: arguments of the program,
     carries of loops, reshapes of those. A slice is copied by XLA first.
 
-    Under `vmap` it is called once for each element. It has no gradient: JAX raises ValueError. In a program compiled for
-    anything but CPU, XLA does not find it: see :func:`only_on_cpu`.
+    Under `vmap` it is called once for each element. It has no gradient: JAX raises ValueError. In a program compiled
+    for anything but CPU, XLA does not find it: see :func:`only_on_cpu`.
 
     Args:
         target: the kernel's name, such as `tensorport.v1.probe`.
