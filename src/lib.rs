@@ -9,7 +9,7 @@
 //! | [`mod@convert`], [`transform`], [`work`], [`journal`], [`side_files`] | doing it: parallel, bounded, resumable |
 //! | [`manifest`], [`mod@verify`], [`checksum`] | what a converted tree says of itself, and whether that holds |
 //! | [`arena`], [`mod@load`], [`codec`] | tensors in memory: read from files, decoded and encoded |
-//! | [`kernels`], [`simd`] | products at memory speed on CPUs; which vector instructions there are |
+//! | [`kernels`], [`ffi`], [`simd`] | products at memory speed on CPUs; how XLA calls them; which vector instructions there are |
 //! | [`inspect`], [`synthetic`], [`cli`] | tables and statistics, random checkpoints, the command line |
 
 pub mod arena;
@@ -23,6 +23,7 @@ pub mod convert;
 pub mod dtype;
 pub mod error;
 mod exact_sum;
+pub mod ffi;
 pub mod file;
 pub mod header;
 pub mod index;

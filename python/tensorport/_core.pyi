@@ -17,6 +17,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "convert",
+    "ffi_targets",
     "mxfp4_decode",
     "mxfp4_encode",
     "run_cli",
@@ -103,4 +104,5 @@ def mxfp4_encode(
     memory: Memory,
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]: ...
 def simd_level() -> str: ...
+def ffi_targets() -> dict[str, object]: ...
 def run_cli(args: Sequence[str]) -> int: ...

@@ -3,6 +3,7 @@
 
 mod array;
 mod error;
+mod handlers;
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use numpy::{PyArray1, PyReadonlyArray1};
 use pyo3::exceptions::PyKeyError;
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 use crate::arena::ArenaPool;
 use crate::cast::OnOverflow;
@@ -275,6 +277,12 @@ fn simd_level() -> String {
     Level::best().to_string()
 }
 
+/// Names of handlers, and capsules of their functions, for `jax.ffi.register_ffi_target`.
+#[pyfunction]
+fn ffi_targets(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    handlers::targets(py)
+}
+
 /// Runs the command line. Returns the exit status.
 #[pyfunction]
 fn run_cli(py: Python<'_>, args: Vec<OsString>) -> u8 {
@@ -366,6 +374,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(verify, module)?)?;
     module.add_function(wrap_pyfunction!(synthesize, module)?)?;
     module.add_function(wrap_pyfunction!(simd_level, module)?)?;
+    module.add_function(wrap_pyfunction!(ffi_targets, module)?)?;
     module.add_function(wrap_pyfunction!(mxfp4_decode, module)?)?;
     module.add_function(wrap_pyfunction!(mxfp4_encode, module)?)?;
     module.add_function(wrap_pyfunction!(run_cli, module)?)

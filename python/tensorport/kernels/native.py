@@ -1,0 +1,113 @@
+"""Kernels in Rust, which XLA calls on CPU as parts of a compiled program.
+
+They are registered with XLA once in a process, when first asked for. That never takes JAX's CPU backend down: a kernel
+that XLA refused before the backend started would. So the backend starts first, and a refusal is a reason to tell.
+
+>>> if native.unavailable() is None:
+...     y = jax.lax.platform_dependent(x, cpu=lambda x: native.call("tensorport.v1.op", result, x), default=xla)
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from tensorport import _core
+from tensorport.kernels.varying import vary_alike
+
+__all__ = ["call", "only_on_cpu", "unavailable"]
+
+_LOCK: Final = threading.Lock()
+_NOT_TRIED: Final = "not registered yet"
+_refusal: str | None = _NOT_TRIED
+
+
+def unavailable() -> str | None:
+    """Why native kernels cannot run in this process; None if they can, and then they are registered.
+
+    Starts JAX's backends. Safe from several threads.
+    """
+    global _refusal  # noqa: PLW0603 - XLA's registry is one for the process, and so is what it said
+    # Read without the lock: once None it stays so.
+    if _refusal is None:
+        return None
+    with _LOCK:
+        if _refusal is _NOT_TRIED:
+            try:
+                jax.devices("cpu")
+            except RuntimeError as fault:
+                # Not kept: backends may be cleared and started again.
+                return f"JAX has no CPU backend: {fault}"
+            _refusal = _register()
+        return _refusal
+
+
+def _register() -> str | None:
+    for name, handler in _core.ffi_targets().items():
+        try:
+            jax.ffi.register_ffi_target(name, handler, platform="cpu")
+        # What JAX raises for what XLA refuses: JaxRuntimeError is a RuntimeError.
+        except (RuntimeError, TypeError, ValueError) as fault:
+            return f"XLA refused {name}: {fault}"
+    return None
+
+
+def call(
+    target: str,
+    results: jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct],
+    *args: jax.Array,
+    **attributes: int | float | np.generic,
+) -> Any:
+    """Has a native kernel compute within a program that XLA compiles for CPU.
+
+    Arguments reach it in their own memory, without a copy, as long as they are whole arrays: arguments of the program,
+    carries of loops, reshapes of those. A slice is copied by XLA first.
+
+    Under `vmap` it is called once for each element. It has no gradient: JAX raises ValueError. In a program compiled
+    for anything but CPU, XLA does not find it: see :func:`only_on_cpu`.
+
+    Args:
+        target: the kernel's name, such as `tensorport.v1.probe`.
+        results: what it computes: one, or several.
+        args: its arrays.
+        attributes: NumPy scalars go as they are, an int as int32, a float as float32.
+
+    Returns:
+        An array if `results` is one, else a list or tuple of them.
+
+    Raises:
+        NotImplementedError: native kernels cannot run in this process; says why.
+        TypeError, OverflowError: an attribute is no scalar, or does not fit.
+        jax.errors.JaxRuntimeError: when it runs and fails; says why.
+    """
+    reason = unavailable()
+    if reason is not None:
+        raise NotImplementedError(f"{target}: {reason}")
+    scalars = {name: _scalar(name, value) for name, value in attributes.items()}
+    # JAX wants the arguments to differ alike between devices, and takes results for the same on all.
+    args = vary_alike(args)
+    computed = jax.ffi.ffi_call(target, results, vmap_method="sequential")(*args, **scalars)
+    return vary_alike((args, computed))[1]
+
+
+def only_on_cpu(function: Callable[..., Any], *args: Any) -> Any:
+    """Calls a function within a program that is for CPU alone.
+
+    Where there is another way for other devices, `jax.lax.platform_dependent` says so; this is for where there is none.
+
+    Raises:
+        NotImplementedError: when the program is lowered for another platform; names it.
+    """
+    return jax.lax.platform_dependent(*args, cpu=function)
+
+
+def _scalar(name: str, value: Any) -> np.generic:
+    if isinstance(value, np.generic):
+        return value
+    if isinstance(value, int):
+        return np.int32(value)
+    if isinstance(value, float):
+        return np.float32(value)
+    raise TypeError(f"attribute {name}: found {value!r}, expected a number")
