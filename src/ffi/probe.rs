@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::call::Call;
 use super::entry::Handler;
 use super::error::{FfiError, Result};
-use crate::kernels::{Threads, for_each_chunk};
+use crate::kernels::{Threads, for_each};
 
 /// Values that one task adds up.
 const CHUNK: usize = 64;
@@ -47,9 +47,9 @@ impl Handler for Probe {
         let caller = thread::current().id();
         let own = AtomicUsize::new(0);
         let mut sums = vec![0.0; values.len().div_ceil(CHUNK)];
-        for_each_chunk(&threads, &mut sums, 1, &|number, sum| {
+        for_each(&threads, sums.iter_mut().enumerate(), &|(number, sum)| {
             own.fetch_add(usize::from(thread::current().id() == caller), Ordering::Relaxed);
-            sum[0] = values[number * CHUNK..].iter().take(CHUNK).sum();
+            *sum = values[number * CHUNK..].iter().take(CHUNK).sum();
         });
         *sum = [sums.iter().sum()];
         let own = own.into_inner();

@@ -9,7 +9,7 @@ pub enum Floats<'a> {
     F32(&'a [f32]),
 }
 
-impl<'a> Floats<'a> {
+impl Floats<'_> {
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -34,15 +34,6 @@ impl<'a> Floats<'a> {
         match self {
             Self::Bf16(values) => from_bf16(values[index]),
             Self::F32(values) => values[index],
-        }
-    }
-
-    /// Those of a row of `columns`.
-    pub(super) fn row(&self, row: usize, columns: usize) -> Floats<'a> {
-        let place = row * columns..(row + 1) * columns;
-        match self {
-            Self::Bf16(values) => Floats::Bf16(&values[place]),
-            Self::F32(values) => Floats::F32(&values[place]),
         }
     }
 }
@@ -70,6 +61,14 @@ impl<'a> FloatsMut<'a> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// The same, borrowed.
+    pub(super) fn reborrow(&mut self) -> FloatsMut<'_> {
+        match self {
+            Self::Bf16(values) => FloatsMut::Bf16(values),
+            Self::F32(values) => FloatsMut::F32(values),
+        }
     }
 
     /// Writes all of them.

@@ -5,12 +5,9 @@ use std::iter::zip;
 use super::floats::{Floats, FloatsMut};
 use super::matrix::Matrix;
 use super::packed::Packed;
-use super::product::{BLOCK_ROWS, Product};
+use super::product::{Product, rows_of_task};
 use super::threads::{Threads, for_each};
 use crate::simd::Level;
-
-/// Bytes of a matrix that one task reads when there is one row of activations: enough that tasks cost nothing beside it.
-const TASK_BYTES: usize = 1 << 18;
 
 /// X [M, K] times a matrix [N, K] transposed, plus bias [N]: [M, N]. Sums are float32, rounded once.
 ///
@@ -31,9 +28,9 @@ pub fn linear(
     if m == 0 {
         return;
     }
-    let x = Packed::new(x, k, matrix.format(), level.has_bf16_dot());
+    let x = Packed::new(threads, x, k, matrix.format(), level.has_bf16_dot());
     let columns: Vec<usize> = (0..m).collect();
-    let rows_of_task = if m == 1 { TASK_BYTES.div_ceil(matrix.row_bytes().max(1)) } else { BLOCK_ROWS };
+    let rows_of_task = rows_of_task(matrix, m);
 
     // Row by row of the matrix, and of these the results for all rows of x.
     let compute = |first: usize, sums: &mut [f32]| {

@@ -1,7 +1,5 @@
 //! Matrices as checkpoints store them: rows of MXFP4 or bfloat16, the contracted axis last.
 
-use std::ops::Range;
-
 use crate::mxfp4::{BLOCK_BYTES, MX_BLOCK_SIZE};
 
 /// What rows are made of.
@@ -73,20 +71,6 @@ impl<'a> Matrix<'a> {
         match self.format {
             Format::Mxfp4 => self.columns / MX_BLOCK_SIZE * (BLOCK_BYTES + 1),
             Format::Bf16 => 2 * self.columns,
-        }
-    }
-
-    /// The matrix of these rows.
-    pub(super) fn slice(&self, rows: Range<usize>) -> Self {
-        let (bytes, scales) = match self.format {
-            Format::Mxfp4 => (self.columns / 2, self.columns / MX_BLOCK_SIZE),
-            Format::Bf16 => (2 * self.columns, 0),
-        };
-        Self {
-            rows: rows.len(),
-            bytes: &self.bytes[rows.start * bytes..rows.end * bytes],
-            scales: &self.scales[rows.start * scales..rows.end * scales],
-            ..*self
         }
     }
 

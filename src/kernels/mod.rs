@@ -1,14 +1,17 @@
 //! Kernels for CPUs: products with MXFP4 and bfloat16 matrices at the speed of the memory.
 //!
-//! They know slices and [`Threads`], and nothing of JAX or Python; `ffi` is how XLA calls them.
+//! They know slices and [`Threads`], and nothing of JAX or Python; [`ffi`](crate::ffi) is how XLA calls them.
 
+mod experts;
 mod floats;
+mod grouping;
 mod linear;
 mod matrix;
 mod packed;
 mod product;
 mod threads;
 
+pub use experts::{ELSEWHERE, Experts, expert_linear, moe};
 pub use floats::{Floats, FloatsMut};
 pub use linear::linear;
 pub use matrix::{Format, Matrix};

@@ -6,6 +6,7 @@
 
 use super::floats::{Floats, from_bf16};
 use super::matrix::{CHUNK_BYTES, Format};
+use super::threads::{Threads, for_each};
 use crate::simd::Vectors;
 
 /// The values of one vector.
@@ -69,31 +70,49 @@ impl<X> Rows<X> {
 
 impl Packed {
     /// Rows [rows, columns] for products with matrices of `format`. bfloat16 stays what it is if `has_bf16_dot`.
-    pub(super) fn new(x: Floats<'_>, columns: usize, format: Format, has_bf16_dot: bool) -> Self {
+    pub(super) fn new(
+        threads: &dyn Threads,
+        x: Floats<'_>,
+        columns: usize,
+        format: Format,
+        has_bf16_dot: bool,
+    ) -> Self {
         let rows = x.len().checked_div(columns).unwrap_or(0);
         match x {
             Floats::Bf16(values) if has_bf16_dot => {
-                Self::Bf16(pack(rows, columns, format, 0, |row, column| values[row * columns + column]))
+                Self::Bf16(pack(threads, rows, columns, format, 0, |row, column| values[row * columns + column]))
             }
-            Floats::Bf16(values) => {
-                Self::F32(pack(rows, columns, format, 0.0, |row, column| from_bf16(values[row * columns + column])))
+            Floats::Bf16(values) => Self::F32(pack(threads, rows, columns, format, 0.0, |row, column| {
+                from_bf16(values[row * columns + column])
+            })),
+            Floats::F32(values) => {
+                Self::f32(threads, rows, columns, format, |row, column| values[row * columns + column])
             }
-            Floats::F32(values) => Self::f32(rows, columns, format, |row, column| values[row * columns + column]),
         }
     }
 
     /// Rows of float32 that `value` tells: of a row and a column.
-    pub(super) fn f32(rows: usize, columns: usize, format: Format, value: impl Fn(usize, usize) -> f32) -> Self {
-        Self::F32(pack(rows, columns, format, 0.0, value))
+    pub(super) fn f32(
+        threads: &dyn Threads,
+        rows: usize,
+        columns: usize,
+        format: Format,
+        value: impl Fn(usize, usize) -> f32 + Sync,
+    ) -> Self {
+        Self::F32(pack(threads, rows, columns, format, 0.0, value))
     }
 }
 
-fn pack<T: Copy, const LANES: usize>(
+/// Rows that one task packs: about as long as it takes to wake a thread.
+const ROWS_OF_TASK: usize = 8;
+
+fn pack<T: Copy + Send, const LANES: usize>(
+    threads: &dyn Threads,
     rows: usize,
     columns: usize,
     format: Format,
     zero: T,
-    value: impl Fn(usize, usize) -> T,
+    value: impl Fn(usize, usize) -> T + Sync,
 ) -> Rows<[T; LANES]> {
     let values_of_chunk = match format {
         Format::Mxfp4 => 2 * CHUNK_BYTES,
@@ -102,13 +121,16 @@ fn pack<T: Copy, const LANES: usize>(
     let vectors_of_chunk = values_of_chunk / LANES;
     let vectors_of_row = columns.div_ceil(values_of_chunk) * vectors_of_chunk;
     let mut vectors = vec![[zero; LANES]; rows * vectors_of_row];
-    for (row, vectors) in vectors.chunks_exact_mut(vectors_of_row.max(1)).enumerate() {
-        for (chunk, vectors) in vectors.chunks_exact_mut(vectors_of_chunk).enumerate() {
-            let first = chunk * values_of_chunk;
-            for place in 0..values_of_chunk.min(columns - first) {
-                vectors[place % vectors_of_chunk][place / vectors_of_chunk] = value(row, first + place);
+    let rows_of_task = vectors.chunks_mut((ROWS_OF_TASK * vectors_of_row).max(1));
+    for_each(threads, rows_of_task.enumerate(), &|(task, vectors)| {
+        for (row, vectors) in (task * ROWS_OF_TASK..).zip(vectors.chunks_exact_mut(vectors_of_row)) {
+            for (chunk, vectors) in vectors.chunks_exact_mut(vectors_of_chunk).enumerate() {
+                let first = chunk * values_of_chunk;
+                for place in 0..values_of_chunk.min(columns - first) {
+                    vectors[place % vectors_of_chunk][place / vectors_of_chunk] = value(row, first + place);
+                }
             }
         }
-    }
+    });
     Rows { vectors, vectors_of_row }
 }

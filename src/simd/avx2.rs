@@ -36,8 +36,6 @@ impl Vectors for Avx2 {
     type Floats = [__m256; 2];
     type Words = [__m256i; 2];
 
-    const HAS_BF16_DOT: bool = false;
-
     #[inline(always)]
     fn zero(self) -> [__m256; 2] {
         unsafe { [_mm256_setzero_ps(); 2] }

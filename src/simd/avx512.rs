@@ -62,8 +62,6 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
     type Floats = __m512;
     type Words = __m512i;
 
-    const HAS_BF16_DOT: bool = BF16;
-
     #[inline(always)]
     fn zero(self) -> __m512 {
         unsafe { _mm512_setzero_ps() }

@@ -11,8 +11,6 @@ impl Vectors for Plain {
     type Floats = [f32; 16];
     type Words = [u32; 16];
 
-    const HAS_BF16_DOT: bool = false;
-
     #[inline(always)]
     fn zero(self) -> [f32; 16] {
         [0.0; 16]

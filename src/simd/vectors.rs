@@ -17,9 +17,6 @@ pub(crate) trait Vectors: Copy {
     /// Sixteen integers of 32 bits, or thirty-two bfloat16.
     type Words: Copy;
 
-    /// Whether `bf16_dot` is one instruction, which beats converting to f32.
-    const HAS_BF16_DOT: bool;
-
     /// All zero.
     fn zero(self) -> Self::Floats;
     /// From memory.
