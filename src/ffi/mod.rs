@@ -6,6 +6,7 @@
 //! | `entry` | from XLA's call to a [`Handler`] and back: metadata, errors, panics |
 //! | `call`, `buffer`, `error` | what a handler sees: slices, attributes, errors; all checked |
 //! | `pool`, `float_state` | XLA's threads, and how they round |
+//! | `handlers` | the [`kernels`](crate::kernels) as XLA calls them |
 //! | `probe` | the handler that tests and diagnosis call |
 //!
 //! A handler is a function of a [`Call`]. It needs no unsafe code, and is registered by being listed in [`TARGETS`].
@@ -16,6 +17,7 @@ mod call;
 mod entry;
 mod error;
 mod float_state;
+mod handlers;
 mod pool;
 mod probe;
 #[cfg(test)]
@@ -44,4 +46,11 @@ impl Target {
 }
 
 /// All handlers of this package.
-pub const TARGETS: &[Target] = &[Target::of::<probe::Probe>()];
+pub const TARGETS: &[Target] = &[
+    Target::of::<handlers::Linear>(),
+    Target::of::<handlers::Mxfp4Matmul>(),
+    Target::of::<handlers::Mxfp4ExpertMatmul>(),
+    Target::of::<handlers::Mxfp4Moe>(),
+    Target::of::<handlers::DenseMoe>(),
+    Target::of::<probe::Probe>(),
+];

@@ -15,9 +15,13 @@ import jax
 import numpy as np
 
 from tensorport import _core
+from tensorport.kernels.registry import Device
 from tensorport.kernels.varying import vary_alike
 
-__all__ = ["call", "only_on_cpu", "unavailable"]
+__all__ = ["FLOATS", "as_float", "as_ids", "call", "only_on_cpu", "refuses", "unavailable"]
+
+FLOATS: Final = ("bfloat16", "float32")
+"""Dtypes of activations that native kernels take."""
 
 _LOCK: Final = threading.Lock()
 _NOT_TRIED: Final = "not registered yet"
@@ -42,6 +46,33 @@ def unavailable() -> str | None:
                 return f"JAX has no CPU backend: {fault}"
             _refusal = _register()
         return _refusal
+
+
+def refuses(device: Device, x: Any, *others: Any) -> str | None:
+    """What speaks against all native kernels for activations `x`; None if nothing does."""
+    if device.platform != "cpu":
+        return "runs on CPU alone"
+    if x.dtype.name not in FLOATS:
+        return f"found x in {x.dtype}, expected one of {', '.join(FLOATS)}"
+    for leaf in jax.tree.leaves((x, others)):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and len(leaf.devices()) > 1:
+            return "arrays are spread over devices, and only within jax.shard_map does each compute its part"
+    return unavailable()
+
+
+def as_float(array: jax.Array) -> jax.Array:
+    """In a dtype that native kernels take: as it is, or as float32."""
+    return array if array.dtype.name in FLOATS else array.astype(np.float32)
+
+
+def as_ids(ids: jax.Array, count: int, *others: int) -> jax.Array:
+    """Ids in int32; those that are neither below `count` nor among `others`, which 32 bits may not hold, as -1."""
+    if ids.dtype == np.int32:
+        return ids
+    kept = (ids >= 0) & (ids < count)
+    for other in others:
+        kept |= ids == other
+    return jax.numpy.where(kept, ids, -1).astype(np.int32)
 
 
 def _register() -> str | None:

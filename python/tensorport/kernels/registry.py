@@ -70,11 +70,35 @@ class Implementation:
         run: computes the op; takes its arguments, already checked, and its settings.
         refuses: takes the device and those arguments, of which only shapes and dtypes count; returns why this
             implementation cannot run, or None if it can.
+        elsewhere: of an implementation for CPU alone what computes the same in programs that are compiled for other
+            platforms. Only the automatic choice has it: a program is traced before anybody knows what it is for.
     """
 
     name: str
     run: Callable[..., jax.Array]
     refuses: Callable[..., str | None] = lambda *_: None
+    elsewhere: Callable[..., jax.Array] | None = None
+
+    def run_anywhere(self, *args: Any) -> jax.Array:
+        """Computes the op on CPU by `run`, and in a program for another platform by `elsewhere`."""
+        assert self.elsewhere is not None, "called where there is one"
+        # Settings are no arrays, and stay as they are; so do arguments that are missing.
+        leaves, structure = jax.tree.flatten(args)
+        arrays = [index for index, leaf in enumerate(leaves) if hasattr(leaf, "dtype") and hasattr(leaf, "shape")]
+
+        def with_arrays(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+            def call(*values: jax.Array) -> jax.Array:
+                filled = list(leaves)
+                for index, value in zip(arrays, values, strict=True):
+                    filled[index] = value
+                return function(*jax.tree.unflatten(structure, filled))
+
+            return call
+
+        out: jax.Array = jax.lax.platform_dependent(
+            *(leaves[index] for index in arrays), cpu=with_arrays(self.run), default=with_arrays(self.elsewhere)
+        )
+        return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +140,12 @@ class Op:
     def __init__(self, name: str, arguments: Callable[..., tuple[Any, ...]], *implementations: Implementation) -> None:
         self.name = name
         self.arguments = arguments
-        self.implementations = {implementation.name: implementation for implementation in implementations}
+        self._named = {implementation.name: implementation for implementation in implementations}
+        self.implementations = self._named | {
+            f"{one.name} or elsewhere": dataclasses.replace(one, name=f"{one.name} or elsewhere", run=one.run_anywhere)
+            for one in implementations
+            if one.elsewhere is not None
+        }
         OPS[name] = self
 
     def choose(self, implementation: str, *args: Any) -> Implementation:
@@ -128,7 +157,11 @@ class Op:
         """
         explanation = self.explain(implementation, Device.of(*args), *args)
         if explanation.implementation is not None:
-            return self.implementations[explanation.implementation]
+            chosen = explanation.implementation
+            anywhere = f"{chosen} or elsewhere"
+            return self.implementations[
+                anywhere if implementation == "auto" and anywhere in self.implementations else chosen
+            ]
         reasons = (
             explanation.reasons if implementation == "auto" else {implementation: explanation.reasons[implementation]}
         )
@@ -140,9 +173,7 @@ class Op:
         names = ImplementationName.__args__  # type: ignore[attr-defined]
         if implementation not in names:
             raise ValueError(f"implementation: found {implementation!r}, expected one of {', '.join(map(repr, names))}")
-        reasons: dict[str, str | None] = {
-            name: known.refuses(device, *args) for name, known in self.implementations.items()
-        }
+        reasons: dict[str, str | None] = {name: known.refuses(device, *args) for name, known in self._named.items()}
         reasons |= {name: _NOT_HERE for name in names if name not in reasons and name != "auto"}
         wanted = reasons if implementation == "auto" else (implementation,)
         chosen = next((name for name in wanted if reasons[name] is None), None)

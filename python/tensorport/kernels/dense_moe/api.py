@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
 from tensorport.kernels.arguments import float_array, integer_array
-from tensorport.kernels.mxfp4_moe import xla
+from tensorport.kernels.mxfp4_moe import native, xla
 from tensorport.kernels.mxfp4_moe.api import check_sizes
 from tensorport.kernels.mxfp4_moe.types import Activation, DenseExperts, TransposedExperts
 from tensorport.kernels.registry import Implementation, ImplementationName, Op
@@ -52,7 +52,12 @@ _Inputs = tuple[Array, Array, Array, DenseExperts | TransposedExperts]
 """x, router_indices, router_weights, experts."""
 
 
-OP = Op("dense_moe", _arguments, Implementation("xla", xla.moe))
+OP = Op(
+    "dense_moe",
+    _arguments,
+    Implementation("native", native.moe, native.refuses, elsewhere=xla.moe),
+    Implementation("xla", xla.moe),
+)
 
 
 def dense_moe(  # noqa: PLR0917 - the order of mxfp4.moe

@@ -6,7 +6,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float
 
 from tensorport.kernels.arguments import float_array, same_size
-from tensorport.kernels.linear import xla
+from tensorport.kernels.linear import native, xla
 from tensorport.kernels.registry import Implementation, ImplementationName, Op
 from tensorport.mxfp4.codec import FLOATS
 
@@ -24,7 +24,12 @@ def _arguments(
     return x, weight, bias
 
 
-OP = Op("linear", _arguments, Implementation("xla", xla.linear))
+OP = Op(
+    "linear",
+    _arguments,
+    Implementation("native", native.linear, native.refuses, elsewhere=xla.linear),
+    Implementation("xla", xla.linear),
+)
 
 
 def linear(

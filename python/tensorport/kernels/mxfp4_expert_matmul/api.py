@@ -8,7 +8,7 @@ from jaxtyping import Array, BFloat16, Float, Integer
 
 from tensorport.kernels.arguments import float_array, integer_array, mxfp4_array, same_size
 from tensorport.kernels.frozen import no_gradient
-from tensorport.kernels.mxfp4_expert_matmul import xla
+from tensorport.kernels.mxfp4_expert_matmul import native, xla
 from tensorport.kernels.registry import Implementation, ImplementationName, Op
 from tensorport.kernels.varying import vary_alike
 from tensorport.mxfp4.types import MXFP4Array
@@ -23,7 +23,12 @@ def _arguments(x: ArrayLike, w: MXFP4Array, expert_ids: ArrayLike) -> tuple[Arra
     return x, w, expert_ids
 
 
-OP = Op("mxfp4.expert_matmul", _arguments, Implementation("xla", xla.expert_matmul))
+OP = Op(
+    "mxfp4.expert_matmul",
+    _arguments,
+    Implementation("native", native.expert_matmul, native.refuses, elsewhere=xla.expert_matmul),
+    Implementation("xla", xla.expert_matmul),
+)
 
 
 def expert_matmul(

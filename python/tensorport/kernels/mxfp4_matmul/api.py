@@ -8,7 +8,7 @@ from jaxtyping import Array, BFloat16, Float
 
 from tensorport.kernels.arguments import float_array, mxfp4_array, same_size
 from tensorport.kernels.frozen import no_gradient
-from tensorport.kernels.mxfp4_matmul import scaled_dot, xla
+from tensorport.kernels.mxfp4_matmul import native, scaled_dot, xla
 from tensorport.kernels.registry import Implementation, ImplementationName, Op
 from tensorport.kernels.varying import vary_alike
 from tensorport.mxfp4.types import MXFP4Array
@@ -26,6 +26,7 @@ OP = Op(
     "mxfp4.matmul",
     _arguments,
     Implementation("scaled_dot", scaled_dot.matmul, scaled_dot.refuses),
+    Implementation("native", native.matmul, native.refuses, elsewhere=xla.matmul),
     Implementation("xla", xla.matmul),
 )
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, BFloat16, Float, Integer
 
 from tensorport.kernels.arguments import float_array, integer_array, mxfp4_array, same_size
 from tensorport.kernels.frozen import no_gradient
-from tensorport.kernels.mxfp4_moe import xla
+from tensorport.kernels.mxfp4_moe import native, xla
 from tensorport.kernels.mxfp4_moe.types import Activation, DenseExperts, Experts
 from tensorport.kernels.registry import Implementation, ImplementationName, Op
 from tensorport.kernels.varying import vary_alike
@@ -39,7 +39,12 @@ def _arguments(  # noqa: PLR0917 - the order of the contract
     return x, router_indices, router_weights, experts
 
 
-OP = Op("mxfp4.moe", _arguments, Implementation("xla", xla.moe))
+OP = Op(
+    "mxfp4.moe",
+    _arguments,
+    Implementation("native", native.moe, native.refuses, elsewhere=xla.moe),
+    Implementation("xla", xla.moe),
+)
 
 
 def moe(  # noqa: PLR0917 - the order of the contract

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int32
 from tensorport.kernels.registry import ImplementationName
 from tensorport.models.gpt_oss.cache import Cache, empty_cache
 from tensorport.models.gpt_oss.config import Config
+from tensorport.models.gpt_oss.experts import dense_implementation
 from tensorport.models.gpt_oss.layers import LayerOutput, layer_outputs
 from tensorport.models.gpt_oss.model import forward, hidden_states, logits_of
 from tensorport.models.gpt_oss.sharding import cache_sharding
@@ -60,7 +61,7 @@ class GptOss:
 
     def logits(self, params: Any, x: Float[Array, "*batch h"]) -> Float[Array, "*batch v"]:
         """Logits of the token after each of those."""
-        return logits_of(params, x, implementation=self.implementation)
+        return logits_of(params, x, implementation=dense_implementation(self.implementation, self.mesh))
 
     def layers(self, params: Any, tokens: Int32[Array, "b t"]) -> Iterator[LayerOutput]:
         """What comes out of each layer, without a cache; of the last one :meth:`logits` makes logits."""

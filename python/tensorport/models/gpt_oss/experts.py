@@ -19,7 +19,7 @@ from tensorport.models.gpt_oss.names import experts_are_transposed
 from tensorport.models.gpt_oss.sharding import expert_specs, rows_spec
 from tensorport.mxfp4.types import MXFP4Array
 
-__all__ = ["mixture_of_experts", "route"]
+__all__ = ["dense_implementation", "mixture_of_experts", "route"]
 
 
 def mixture_of_experts(  # noqa: PLR0917 - what a layer hands on
@@ -31,7 +31,7 @@ def mixture_of_experts(  # noqa: PLR0917 - what a layer hands on
     implementation: ImplementationName,
 ) -> Float[Array, "b t h"]:
     """Each token through its experts, weighted and summed; padding goes through none."""
-    indices, weights = route(layer["router"], config, x, implementation)
+    indices, weights = route(layer["router"], config, x, dense_implementation(implementation, mesh))
     indices = jnp.where(is_token[..., None], indices, ELSEWHERE)
     stored = layer["experts"]
     experts = tuple(stored[name] for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj", "down_proj_bias"))
@@ -58,6 +58,11 @@ def mixture_of_experts(  # noqa: PLR0917 - what a layer hands on
     spread = jax.shard_map(on_device, mesh=mesh, in_specs=(rows, rows, rows, specs.parameters), out_specs=rows)
     out: Array = spread(x, indices, weights, experts)
     return out
+
+
+def dense_implementation(implementation: ImplementationName, mesh: Mesh | None) -> ImplementationName:
+    """What multiplies by dense matrices: on a mesh XLA must, for it divides no call of native code among devices."""
+    return "xla" if mesh is not None and implementation == "auto" else implementation
 
 
 def route(

@@ -20,7 +20,7 @@ from tensorport.kernels.registry import ImplementationName
 from tensorport.kernels.tiles import accumulator_dtype
 from tensorport.models.gpt_oss.cache import Cache, LayerCache
 from tensorport.models.gpt_oss.config import Config, LayerType, Rope
-from tensorport.models.gpt_oss.experts import mixture_of_experts
+from tensorport.models.gpt_oss.experts import dense_implementation, mixture_of_experts
 
 __all__ = [
     "add_attention",
@@ -69,7 +69,7 @@ def forward(
         vocabulary, or behind the cache's last slot), and at all tokens of its row behind it.
     """
     x, cache = hidden_states(params, config, tokens, cache, positions, mesh=mesh, implementation=implementation)
-    return logits_of(params, x, implementation=implementation), cache
+    return logits_of(params, x, implementation=dense_implementation(implementation, mesh)), cache
 
 
 def hidden_states(
@@ -93,12 +93,13 @@ def hidden_states(
 
     model = params["model"]
     x = embed(params, tokens)
+    dense = dense_implementation(implementation, mesh)
     layer_caches: list[LayerCache] = []
     for index, kind in enumerate(config.layer_types):
         layer = model["layers"][str(index)]
         layer_cache = None if cache is None else cache.layers[index]
         x, layer_cache = add_attention(
-            layer, config, kind, x, rope, positions, lengths, layer_cache, implementation=implementation
+            layer, config, kind, x, rope, positions, lengths, layer_cache, implementation=dense
         )
         x = add_experts(layer, config, x, positions, mesh=mesh, implementation=implementation)
         if layer_cache is not None:
@@ -198,9 +199,7 @@ def self_attention(  # noqa: PLR0917 - what a layer hands on
     key = rotate(heads("k_proj", config.num_key_value_heads), rope)
     value = heads("v_proj", config.num_key_value_heads)
 
-    mixed, cache = attend(
-        query, key, value, layer["sinks"], positions, lengths, cache, sliding_window, implementation=implementation
-    )
+    mixed, cache = attend(query, key, value, layer["sinks"], positions, lengths, cache, sliding_window)
     mixed = mixed.reshape(*x.shape[:2], -1)
     return linear(mixed, layer["o_proj"]["weight"], layer["o_proj"]["bias"], implementation=implementation), cache
 
@@ -215,7 +214,7 @@ def attend(  # noqa: PLR0917 - as above
     cache: LayerCache | None,
     sliding_window: int | None,
     *,
-    implementation: ImplementationName,
+    implementation: ImplementationName = "auto",
 ) -> tuple[Float[Array, "b t n d"], LayerCache | None]:
     """Mixed values of what each query sees, among these tokens and in the cache; and the cache with the tokens in it.
 

@@ -1,0 +1,30 @@
+"""matmul in Rust, on CPU: codes are expanded in registers, or for many rows in the cache."""
+
+import math
+
+import jax
+from jaxtyping import Array, Float
+
+from tensorport.kernels import native
+from tensorport.kernels.registry import Device
+from tensorport.mxfp4.types import MXFP4Array
+
+__all__ = ["matmul", "refuses"]
+
+
+def refuses(device: Device, x: Array, w: MXFP4Array) -> str | None:
+    """Why it cannot run on these arguments."""
+    return native.refuses(device, x, w)
+
+
+def matmul(x: Float[Array, "*batch k"], w: MXFP4Array) -> Float[Array, "*batch n"]:
+    """X [..., K] . w [N, K] -> [..., N]."""
+    *batch, k = x.shape
+    result = jax.ShapeDtypeStruct((math.prod(batch), w.shape[0]), x.dtype)
+
+    def compute(*args: Array) -> Array:
+        out: Array = native.call("tensorport.v1.mxfp4_matmul", result, *args)
+        return out
+
+    rows: Array = native.only_on_cpu(compute, x.reshape(math.prod(batch), k), w.blocks, w.scales)
+    return rows.reshape(*batch, w.shape[0])

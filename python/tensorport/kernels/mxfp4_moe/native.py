@@ -1,0 +1,55 @@
+"""moe in Rust, on CPU: both layers and all between them in one call, for MXFP4 and for bfloat16 experts."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer
+
+from tensorport.kernels import native
+from tensorport.kernels.mxfp4_moe.types import ELSEWHERE, Activation, DenseExperts, Experts, TransposedExperts
+from tensorport.kernels.registry import Device
+
+__all__ = ["moe", "refuses"]
+
+
+def refuses(device: Device, x: Array, router_indices: Array, router_weights: Array, experts: Any) -> str | None:
+    """Why it cannot run on these arguments."""
+    if isinstance(experts, TransposedExperts):
+        return "found matrices [in, out], expected [out, in]"
+    if isinstance(experts, DenseExperts):
+        for name in ("gate_up", "down"):
+            dtype = getattr(experts, name).dtype
+            if dtype != jnp.bfloat16:
+                return f"found {name} in {dtype}, expected bfloat16"
+    return native.refuses(device, x, router_indices, router_weights, experts)
+
+
+def moe(
+    x: Float[Array, "t h"],
+    router_indices: Integer[Array, "t k"],
+    router_weights: Float[Array, "t k"],
+    experts: Experts | DenseExperts,
+    activation: Activation,
+) -> Float[Array, "t h"]:
+    """The outputs of each token's experts, weighted and summed."""
+    is_mxfp4 = isinstance(experts, Experts)
+    target = "tensorport.v1.mxfp4_moe" if is_mxfp4 else "tensorport.v1.dense_moe"
+    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    compute = partial(_compute, target, result, activation)
+    ids = native.as_ids(router_indices, experts.gate_up.shape[0], ELSEWHERE)
+    weights = router_weights.astype(jnp.float32)
+    gate_up_bias, down_bias = native.as_float(experts.gate_up_bias), native.as_float(experts.down_bias)
+    # An MXFP4Array has two leaves, blocks and scales, and a dense array is its own.
+    args = jax.tree.leaves((x, ids, weights, experts.gate_up, gate_up_bias, experts.down, down_bias))
+    out: Array = native.only_on_cpu(compute, *args)
+    return out
+
+
+def _compute(target: str, result: jax.ShapeDtypeStruct, activation: Activation, *args: Array) -> Array:
+    out: Array = native.call(
+        target, result, *args, limit=np.float32(activation.limit), alpha=np.float32(activation.alpha)
+    )
+    return out

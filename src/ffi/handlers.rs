@@ -1,0 +1,199 @@
+//! The kernels as XLA calls them: shapes checked, dtypes told apart.
+
+use super::buffer::{Buffer, BufferMut, DType};
+use super::call::Call;
+use super::entry::Handler;
+use super::error::{FfiError, Result};
+use crate::kernels::{Experts, Floats, FloatsMut, Matrix, expert_linear, linear, moe};
+use crate::mxfp4::BLOCK_BYTES;
+use crate::simd::Level;
+
+/// `tensorport.v1.linear`: x [M, K], weight bfloat16 [N, K], and maybe bias [N] -> [M, N].
+///
+/// Floats without a dtype here, as those of all handlers below, are bfloat16 or float32.
+pub struct Linear;
+
+impl Handler for Linear {
+    const NAME: &'static str = "tensorport.v1.linear";
+
+    fn run(call: &mut Call<'_>) -> Result<()> {
+        let (x, weight) = (call.arg(0)?, call.arg(1)?);
+        let bias = if call.arg_count() == 2 { None } else { Some(call.args::<3>()?[2]) };
+        let [out] = call.results()?;
+        let ([m, k], [n, weight_k]) = (x.shape()?, weight.shape()?);
+        expect("K of the weight", weight_k, k)?;
+        expect_shape("result", out.shape()?, [m, n])?;
+        let bias = bias.map(|bias| expect_shape("bias", bias.shape()?, [n]).and(floats(&bias))).transpose()?;
+        linear(Level::best(), &call.threads(), floats(&x)?, &bf16_matrix(&weight, n, k)?, bias, floats_mut(out)?);
+        Ok(())
+    }
+}
+
+/// `tensorport.v1.mxfp4_matmul`: x [M, K], blocks [N, K / 32, 16], scales [N, K / 32] -> [M, N].
+pub struct Mxfp4Matmul;
+
+impl Handler for Mxfp4Matmul {
+    const NAME: &'static str = "tensorport.v1.mxfp4_matmul";
+
+    fn run(call: &mut Call<'_>) -> Result<()> {
+        let [x, blocks, scales] = call.args()?;
+        let [out] = call.results()?;
+        let ([m, k], [n, _]) = (x.shape()?, scales.shape()?);
+        expect_shape("result", out.shape()?, [m, n])?;
+        let matrix = mxfp4_matrix(&blocks, &scales, n, k)?;
+        linear(Level::best(), &call.threads(), floats(&x)?, &matrix, None, floats_mut(out)?);
+        Ok(())
+    }
+}
+
+/// `tensorport.v1.mxfp4_expert_matmul`: x [T, K], blocks [E, N, K / 32, 16], scales [E, N, K / 32], ids int32 [T]
+/// -> [T, N].
+pub struct Mxfp4ExpertMatmul;
+
+impl Handler for Mxfp4ExpertMatmul {
+    const NAME: &'static str = "tensorport.v1.mxfp4_expert_matmul";
+
+    fn run(call: &mut Call<'_>) -> Result<()> {
+        let [x, blocks, scales, ids] = call.args()?;
+        let [out] = call.results()?;
+        let ([tokens, k], [experts, n, _]) = (x.shape()?, scales.shape()?);
+        expect_shape("ids", ids.shape()?, [tokens])?;
+        expect_shape("result", out.shape()?, [tokens, n])?;
+        let stack = mxfp4_matrix(&blocks, &scales, product(experts, n)?, k)?;
+        expert_linear(Level::best(), &call.threads(), floats(&x)?, &stack, experts, ids.slice()?, floats_mut(out)?);
+        Ok(())
+    }
+}
+
+/// `tensorport.v1.mxfp4_moe`: x [T, H], indices int32 [T, k], weights float32 [T, k], blocks and scales of gate and up
+/// [E, 2 I, H], their bias [E, 2 I], blocks and scales of down [E, H, I], its bias [E, H] -> [T, H].
+///
+/// Attributes: `limit` and `alpha`, float32.
+pub struct Mxfp4Moe;
+
+impl Handler for Mxfp4Moe {
+    const NAME: &'static str = "tensorport.v1.mxfp4_moe";
+
+    fn run(call: &mut Call<'_>) -> Result<()> {
+        let [x, indices, weights, gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias] = call.args()?;
+        let sizes = MoeSizes::of(&x, &indices, &gate_up_bias)?;
+        let (gate_up_rows, down_rows) = sizes.rows()?;
+        let gate_up = mxfp4_matrix(&gate_up, &gate_up_scales, gate_up_rows, sizes.hidden)?;
+        let down = mxfp4_matrix(&down, &down_scales, down_rows, sizes.width / 2)?;
+        run_moe(call, &sizes, &[x, indices, weights, gate_up_bias, down_bias], gate_up, down)
+    }
+}
+
+/// `tensorport.v1.dense_moe`: as `mxfp4_moe`, with one bfloat16 array instead of blocks and scales each.
+pub struct DenseMoe;
+
+impl Handler for DenseMoe {
+    const NAME: &'static str = "tensorport.v1.dense_moe";
+
+    fn run(call: &mut Call<'_>) -> Result<()> {
+        let [x, indices, weights, gate_up, gate_up_bias, down, down_bias] = call.args()?;
+        let sizes = MoeSizes::of(&x, &indices, &gate_up_bias)?;
+        let (gate_up_rows, down_rows) = sizes.rows()?;
+        let gate_up = bf16_matrix(&gate_up, gate_up_rows, sizes.hidden)?;
+        let down = bf16_matrix(&down, down_rows, sizes.width / 2)?;
+        run_moe(call, &sizes, &[x, indices, weights, gate_up_bias, down_bias], gate_up, down)
+    }
+}
+
+/// Sizes of a mixture of experts; `width` is that of gate and up together.
+struct MoeSizes {
+    tokens: usize,
+    k: usize,
+    hidden: usize,
+    experts: usize,
+    width: usize,
+}
+
+impl MoeSizes {
+    fn of(x: &Buffer<'_>, indices: &Buffer<'_>, gate_up_bias: &Buffer<'_>) -> Result<Self> {
+        let ([tokens, hidden], [_, k], [experts, width]) = (x.shape()?, indices.shape()?, gate_up_bias.shape()?);
+        if !width.is_multiple_of(2) {
+            return Err(FfiError::invalid_argument("gate and up", width, "an even number"));
+        }
+        Ok(Self { tokens, k, hidden, experts, width })
+    }
+
+    /// Rows of all experts in both layers.
+    fn rows(&self) -> Result<(usize, usize)> {
+        Ok((product(self.experts, self.width)?, product(self.experts, self.hidden)?))
+    }
+}
+
+fn run_moe(
+    call: &mut Call<'_>,
+    sizes: &MoeSizes,
+    [x, indices, weights, gate_up_bias, down_bias]: &[Buffer<'_>; 5],
+    gate_up: Matrix<'_>,
+    down: Matrix<'_>,
+) -> Result<()> {
+    let (limit, alpha): (f32, f32) = (call.attribute("limit")?, call.attribute("alpha")?);
+    if limit.is_nan() || limit < 0.0 {
+        return Err(FfiError::invalid_argument("limit", limit, "at least 0"));
+    }
+    let [out] = call.results()?;
+    expect_shape("indices", indices.shape()?, [sizes.tokens, sizes.k])?;
+    expect_shape("weights", weights.shape()?, [sizes.tokens, sizes.k])?;
+    expect_shape("bias of down", down_bias.shape()?, [sizes.experts, sizes.hidden])?;
+    expect_shape("result", out.shape()?, [sizes.tokens, sizes.hidden])?;
+    let (gate_up_bias, down_bias) = (floats(gate_up_bias)?, floats(down_bias)?);
+    let experts = Experts { count: sizes.experts, gate_up, gate_up_bias, down, down_bias, limit, alpha };
+    let (threads, indices, weights) = (call.threads(), indices.slice()?, weights.slice()?);
+    moe(Level::best(), &threads, floats(x)?, indices, weights, &experts, floats_mut(out)?);
+    Ok(())
+}
+
+/// Blocks [..., K / 32, 16] and scales [..., K / 32] as so many rows of K.
+fn mxfp4_matrix<'a>(blocks: &Buffer<'a>, scales: &Buffer<'a>, rows: usize, k: usize) -> Result<Matrix<'a>> {
+    let (blocks, scales): (&[u8], &[u8]) = (blocks.slice()?, scales.slice()?);
+    expect("scales", scales.len(), product(rows, k / 32)?)?;
+    expect("bytes of blocks", blocks.len(), product(scales.len(), BLOCK_BYTES)?)?;
+    let matrix = Matrix::mxfp4(rows, blocks, scales);
+    if rows > 0 {
+        expect("K of the codes", matrix.columns(), k)?;
+    }
+    Ok(matrix)
+}
+
+/// bfloat16 [..., K] as so many rows of K.
+fn bf16_matrix<'a>(weight: &Buffer<'a>, rows: usize, k: usize) -> Result<Matrix<'a>> {
+    if weight.dtype() != DType::BF16 {
+        return Err(FfiError::invalid_argument("weight", weight.dtype(), DType::BF16));
+    }
+    let bytes = weight.bytes()?;
+    expect("bytes of the weight", bytes.len(), product(product(rows, k)?, 2)?)?;
+    Ok(Matrix::bf16(rows, k, bytes))
+}
+
+fn floats<'a>(buffer: &Buffer<'a>) -> Result<Floats<'a>> {
+    if buffer.dtype() == DType::BF16 {
+        return Ok(Floats::Bf16(buffer.slice()?));
+    }
+    Ok(Floats::F32(buffer.slice()?))
+}
+
+fn floats_mut(buffer: BufferMut<'_>) -> Result<FloatsMut<'_>> {
+    if buffer.dtype() == DType::BF16 {
+        return Ok(FloatsMut::Bf16(buffer.slice()?));
+    }
+    Ok(FloatsMut::F32(buffer.slice()?))
+}
+
+fn expect(what: &str, found: usize, expected: usize) -> Result<()> {
+    if found == expected { Ok(()) } else { Err(FfiError::invalid_argument(what, found, expected)) }
+}
+
+fn expect_shape<const N: usize>(what: &str, found: [usize; N], expected: [usize; N]) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(FfiError::invalid_argument(what, format!("{found:?}"), format!("{expected:?}")))
+}
+
+fn product(a: usize, b: usize) -> Result<usize> {
+    a.checked_mul(b).ok_or_else(|| FfiError::invalid_argument("size", format!("{a} times {b}"), "fewer than addresses"))
+}
