@@ -209,7 +209,7 @@ mod tests {
 
     use super::super::testing::{FakePool, Start};
     use super::*;
-    use crate::kernels::for_each_chunk;
+    use crate::kernels::for_each;
 
     const STARTS: [Start; 4] = [Start::AtOnce, Start::Inline, Start::Late, Start::Never];
 
@@ -240,7 +240,9 @@ mod tests {
         for round in 0..ROUNDS {
             let pool = FakePool::new(4, Start::AtOnce);
             let mut out = vec![0; 37];
-            pool.with(|threads| for_each_chunk(threads, &mut out, 5, &|number, chunk| chunk.fill(number + round)));
+            pool.with(|threads| {
+                for_each(threads, out.chunks_mut(5).enumerate(), &|(number, chunk)| chunk.fill(number + round));
+            });
             assert!(out.iter().enumerate().all(|(index, &value)| value == index / 5 + round));
         }
     }
@@ -346,8 +348,8 @@ mod tests {
                 let pool = &pool;
                 scope.spawn(move || {
                     for _ in 0..ROUNDS.min(50) {
-                        let mut out = vec![0; 11];
-                        pool.with(|threads| for_each_chunk(threads, &mut out, 2, &|_, chunk| chunk.fill(caller)));
+                        let mut out = [0; 11];
+                        pool.with(|threads| for_each(threads, out.chunks_mut(2), &|chunk| chunk.fill(caller)));
                         assert!(out.iter().all(|&value| value == caller));
                     }
                 });

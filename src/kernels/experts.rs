@@ -32,8 +32,12 @@ pub fn expert_linear(
     ids: &[i32],
     mut out: FloatsMut<'_>,
 ) {
-    let (n, k) = (stack.rows().checked_div(experts).unwrap_or(0), stack.columns());
-    assert!(x.len() == ids.len() * k && (experts == 0 || out.len() == ids.len() * n), "a row for each id");
+    let (n, k) = (out.len().checked_div(ids.len()).unwrap_or(0), x.len().checked_div(ids.len()).unwrap_or(0));
+    assert!(x.len() == ids.len() * k && out.len() == ids.len() * n, "a row for each id");
+    if out.is_empty() {
+        return;
+    }
+    assert!(stack.rows() == experts * n && (experts == 0 || stack.columns() == k), "a matrix for each expert");
     let groups = group_by_expert(ids, experts, usize::MAX);
     let x = Packed::new(threads, x, k, stack.format(), level.has_bf16_dot());
     // By expert, then row by row of its matrix, and of these the results for all rows that go to it.
@@ -49,7 +53,7 @@ pub fn expert_linear(
             value_at[row] = Some((place.start * n + number, group.rows.len()));
         }
     }
-    let rows = out.reborrow().chunks(n.max(1));
+    let rows = out.reborrow().chunks(n);
     for_each(threads, zip(rows, value_at), &|(mut out, place)| match place {
         Some((first, stride)) => out.copy_from((0..n).map(|row| sums[first + row * stride])),
         None => out.copy_from(std::iter::repeat_n(f32::NAN, n)),

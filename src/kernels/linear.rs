@@ -9,7 +9,7 @@ use super::product::{Product, rows_of_task};
 use super::threads::{Threads, for_each};
 use crate::simd::Level;
 
-/// X [M, K] times a matrix [N, K] transposed, plus bias [N]: [M, N]. Sums are float32, rounded once.
+/// `x` \[M, K\] times a matrix \[N, K\] transposed, plus `bias` \[N\], is \[M, N\]. Sums are float32, rounded once.
 ///
 /// # Panics
 /// When lengths do not fit: `x` has rows of K values, `out` N for each of them, `bias` N.
@@ -38,7 +38,9 @@ pub fn linear(
         Product { matrix, rows: rows.clone(), x: &x, columns: &columns, out: sums }.run(level);
         if let Some(bias) = bias {
             for (row, sums) in zip(rows, sums.chunks_exact_mut(m)) {
-                sums.iter_mut().for_each(|sum| *sum += bias.get(row));
+                for sum in sums {
+                    *sum += bias.get(row);
+                }
             }
         }
     };

@@ -56,19 +56,12 @@ impl VectorKernel for Product<'_> {
 
     #[inline(always)]
     fn run<V: Vectors>(self, vectors: V) {
-        match (self.x, self.matrix.format()) {
-            (Packed::F32(x), Format::Mxfp4) => {
-                multiply::<V, _, Mxfp4, 8>(vectors, x, &self.matrix, self.rows, self.columns, self.out)
-            }
-            (Packed::Bf16(x), Format::Mxfp4) => {
-                multiply::<V, _, Mxfp4, 4>(vectors, x, &self.matrix, self.rows, self.columns, self.out)
-            }
-            (Packed::F32(x), Format::Bf16) => {
-                multiply::<V, _, Bf16, 2>(vectors, x, &self.matrix, self.rows, self.columns, self.out)
-            }
-            (Packed::Bf16(x), Format::Bf16) => {
-                multiply::<V, _, Bf16, 1>(vectors, x, &self.matrix, self.rows, self.columns, self.out)
-            }
+        let Self { matrix, rows, x, columns, out } = self;
+        match (x, matrix.format()) {
+            (Packed::F32(x), Format::Mxfp4) => multiply::<V, _, Mxfp4, 8>(vectors, x, matrix, rows, columns, out),
+            (Packed::Bf16(x), Format::Mxfp4) => multiply::<V, _, Mxfp4, 4>(vectors, x, matrix, rows, columns, out),
+            (Packed::F32(x), Format::Bf16) => multiply::<V, _, Bf16, 2>(vectors, x, matrix, rows, columns, out),
+            (Packed::Bf16(x), Format::Bf16) => multiply::<V, _, Bf16, 1>(vectors, x, matrix, rows, columns, out),
         }
     }
 }

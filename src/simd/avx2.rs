@@ -1,6 +1,7 @@
 //! Vectors of AVX2, each in two registers.
 
 #![expect(unsafe_code, reason = "intrinsics, which the processor must have")]
+#![expect(clippy::undocumented_unsafe_blocks, reason = "one condition for all, stated above the implementation")]
 
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _MM_HINT_T0, _mm_add_ps, _mm_cvtsi32_si128, _mm_prefetch, _mm256_add_ps,

@@ -1,6 +1,7 @@
 //! Vectors of AVX-512, each in one register.
 
 #![expect(unsafe_code, reason = "intrinsics, which the processor must have")]
+#![expect(clippy::undocumented_unsafe_blocks, reason = "one condition for all, stated above the implementation")]
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_prefetch, _mm512_add_ps, _mm512_and_si512,
@@ -44,7 +45,7 @@ const fn spread(lane_bytes: usize) -> [i8; 64] {
     let mut indices = [-1; 64];
     let mut byte = 0;
     while byte < 64 {
-        #[expect(clippy::cast_possible_truncation, clippy::cast_possible_wrap, reason = "0 .. 4")]
+        #[expect(clippy::cast_possible_truncation, reason = "0 .. 4")]
         {
             indices[byte] = (byte / 16) as i8;
         }

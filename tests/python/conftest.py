@@ -75,6 +75,42 @@ def _strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+OPS_WITH_NATIVE = (
+    "test_mxfp4_matmul",
+    "test_mxfp4_expert_matmul",
+    "test_mxfp4_moe",
+    "test_dense_linear",
+    "test_dense_moe",
+)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of ops with several implementations on CPU run with the automatic choice and with `xla`."""
+    if metafunc.module.__name__.rpartition(".")[2] in OPS_WITH_NATIVE:
+        # Classes test one implementation.
+        meanings = ["auto", "xla"] if metafunc.cls is None else ["auto"]
+        metafunc.parametrize("auto_means", meanings, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def auto_means(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What `implementation="auto"` means in a test: itself, or the implementation that it would not choose."""
+    meaning: str = getattr(request, "param", "auto")
+    with pytest.MonkeyPatch.context() as patch:
+        if meaning != "auto":
+            from tensorport.kernels.registry import Op  # noqa: PLC0415 - behind the import hook
+
+            choose = Op.choose
+
+            def choose_it(self: Op, implementation: str, *args: Any) -> Any:
+                return choose(self, meaning if implementation == "auto" else implementation, *args)
+
+            patch.setattr(Op, "choose", choose_it)
+            # Functions that another meaning compiled are not to be found again.
+            jax.clear_caches()
+        yield meaning
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_code_goes() -> Iterator[None]:
     """Lets go of what JAX compiled for a module's tests.

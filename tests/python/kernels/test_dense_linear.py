@@ -155,12 +155,14 @@ def test_one_row_takes_no_copy_of_the_matrix() -> None:
 
 
 def test_which_implementation_runs_is_told() -> None:
-    args = inputs(5)
-    explained = kernels.explain(linear, *args)
+    x, weight, bias = inputs(5)
+    explained = kernels.explain(linear, x, weight, bias)
     assert (explained.op, explained.implementation) == ("linear", "xla")
-    np.testing.assert_array_equal(linear(*args), linear(*args, implementation="xla"))
-    with pytest.raises(NotImplementedError, match="linear on cpu: native: not in this version"):
-        linear(*args, implementation="native")
+    assert explained.reasons["native"] == "found weight in float32, expected bfloat16"
+    with pytest.raises(NotImplementedError, match="linear on cpu: native: found weight in float32"):
+        linear(x, weight, bias, implementation="native")
+    explained = kernels.explain(linear, x, weight.astype(jnp.bfloat16), bias)
+    assert explained.implementation == "native"
 
 
 def wrong(number: int, value: Any, **options: Any) -> Callable[[], Any]:

@@ -169,10 +169,12 @@ def test_memory_does_not_grow_with_the_number_of_experts() -> None:
 
 
 def test_which_implementation_runs_is_told() -> None:
-    args = decoded(quantized(5))
+    args = decoded(quantized(5), jnp.bfloat16)
     explained = kernels.explain(dense_moe, *args)
-    assert (explained.op, explained.implementation) == ("dense_moe", "xla")
-    with pytest.raises(NotImplementedError, match="dense_moe on cpu: native: not in this version"):
+    assert (explained.op, explained.implementation) == ("dense_moe", "native")
+    args[3] = args[3].astype(jnp.float32)
+    assert kernels.explain(dense_moe, *args).implementation == "xla"
+    with pytest.raises(NotImplementedError, match="dense_moe on cpu: native: found gate_up in float32"):
         dense_moe(*args, implementation="native")
 
 

@@ -43,7 +43,7 @@ def test_values_are_those_of_float64(function: Callable[..., Any], batch: tuple[
     assert_close(found, float64(x) @ dense.T, np.abs(float64(x)) @ np.abs(dense.T), K)
 
 
-def test_every_code_under_extreme_scales_is_exact() -> None:
+def test_every_code_under_extreme_scales_is_exact(auto_means: str) -> None:
     """A one-hot x picks single weights: no sum, no rounding, subnormals and the largest values included."""
     codes = np.tile(np.arange(16, dtype=np.uint8), 2)
     block = codes[::2] | codes[1::2] << 4
@@ -51,8 +51,9 @@ def test_every_code_under_extreme_scales_is_exact() -> None:
     w = MXFP4Array(jnp.asarray(np.broadcast_to(block, (7, 1, 16))), jnp.asarray(scales))
     found = mxfp4.matmul(jnp.eye(32, dtype=jnp.float32)[:16], w)
     expected = oracle.decode(np.asarray(w.blocks), scales)[:, :16].T
-    # XLA on CPU flushes what is subnormal in float32 when it adds.
-    expected[np.abs(expected) < 2.0**-126] = 0
+    if auto_means == "xla":
+        # On CPU it flushes what is subnormal in float32 when it adds.
+        expected[np.abs(expected) < 2.0**-126] = 0
     np.testing.assert_array_equal(float64(found), expected)
 
 

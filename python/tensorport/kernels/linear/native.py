@@ -41,7 +41,8 @@ def _linear(out_dtype: jnp.dtype, x: Array, weight: Array, bias: Array | None) -
         out: Array = native.call("tensorport.v1.linear", result, *args)
         return out
 
-    return native.only_on_cpu(compute, *args).reshape(*batch, weight.shape[0]).astype(out_dtype)
+    rows: Array = native.only_on_cpu(compute, *args)
+    return rows.astype(out_dtype).reshape(*batch, weight.shape[0])
 
 
 @_linear.defjvp
@@ -50,5 +51,8 @@ def _linear_jvp(
     primals: tuple[Array, Array, Array | None],
     tangents: tuple[Array, Array, Array | None],
 ) -> tuple[Array, Array]:
-    _, tangent = jax.jvp(lambda *args: xla.linear(*args, out_dtype), primals, tangents)
+    def product(x: Array, weight: Array, bias: Array | None) -> Array:
+        return xla.linear(x, weight, bias, out_dtype)
+
+    _, tangent = jax.jvp(product, primals, tangents)
     return _linear(out_dtype, *primals), tangent
