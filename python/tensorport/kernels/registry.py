@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Final, Literal, TypeAlias
 
 import jax
@@ -71,7 +72,8 @@ class Implementation:
         refuses: takes the device and those arguments, of which only shapes and dtypes count; returns why this
             implementation cannot run, or None if it can.
         elsewhere: of an implementation for CPU alone what computes the same in programs that are compiled for other
-            platforms. Only the automatic choice has it: a program is traced before anybody knows what it is for.
+            platforms. Only the automatic choice has it: a program is traced before anybody knows what it is for. The
+            implementation called by its name is refused there, when the program is lowered.
     """
 
     name: str
@@ -79,26 +81,35 @@ class Implementation:
     refuses: Callable[..., str | None] = lambda *_: None
     elsewhere: Callable[..., jax.Array] | None = None
 
-    def run_anywhere(self, *args: Any) -> jax.Array:
-        """Computes the op on CPU by `run`, and in a program for another platform by `elsewhere`."""
-        assert self.elsewhere is not None, "called where there is one"
-        # Settings are no arrays, and stay as they are; so do arguments that are missing.
-        leaves, structure = jax.tree.flatten(args)
-        arrays = [index for index, leaf in enumerate(leaves) if hasattr(leaf, "dtype") and hasattr(leaf, "shape")]
+    def by_platform(self) -> dict[str, "Implementation"]:
+        """What runs if this one is named, and if it was chosen automatically, under names of their own."""
+        if self.elsewhere is None:
+            return {self.name: self}
+        anywhere = f"{self.name} or elsewhere"
+        return {
+            self.name: Implementation(self.name, partial(_by_platform, self.run, None)),
+            anywhere: Implementation(anywhere, partial(_by_platform, self.run, self.elsewhere)),
+        }
 
-        def with_arrays(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-            def call(*values: jax.Array) -> jax.Array:
-                filled = list(leaves)
-                for index, value in zip(arrays, values, strict=True):
-                    filled[index] = value
-                return function(*jax.tree.unflatten(structure, filled))
 
-            return call
+def _by_platform(on_cpu: Callable[..., jax.Array], elsewhere: Callable[..., jax.Array] | None, *args: Any) -> jax.Array:
+    """Calls the one that is for the platform which the program is compiled for."""
+    # Settings are no arrays, and stay as they are.
+    leaves, structure = jax.tree.flatten(args)
+    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)]
 
-        out: jax.Array = jax.lax.platform_dependent(
-            *(leaves[index] for index in arrays), cpu=with_arrays(self.run), default=with_arrays(self.elsewhere)
-        )
-        return out
+    def of_arrays(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        def call(*arrays: jax.Array) -> jax.Array:
+            filled = list(leaves)
+            for index, array in zip(places, arrays, strict=True):
+                filled[index] = array
+            return function(*jax.tree.unflatten(structure, filled))
+
+        return call
+
+    branches = {"cpu": of_arrays(on_cpu)} | ({} if elsewhere is None else {"default": of_arrays(elsewhere)})
+    out: jax.Array = jax.lax.platform_dependent(*(leaves[index] for index in places), **branches)
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,11 +152,9 @@ class Op:
         self.name = name
         self.arguments = arguments
         self._named = {implementation.name: implementation for implementation in implementations}
-        self.implementations = self._named | {
-            f"{one.name} or elsewhere": dataclasses.replace(one, name=f"{one.name} or elsewhere", run=one.run_anywhere)
-            for one in implementations
-            if one.elsewhere is not None
-        }
+        self.implementations: dict[str, Implementation] = {}
+        for implementation in implementations:
+            self.implementations |= implementation.by_platform()
         OPS[name] = self
 
     def choose(self, implementation: str, *args: Any) -> Implementation:

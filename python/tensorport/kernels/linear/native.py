@@ -36,12 +36,7 @@ def _linear(out_dtype: jnp.dtype, x: Array, weight: Array, bias: Array | None) -
     computed = out_dtype if out_dtype.name in native.FLOATS else jnp.dtype(jnp.float32)
     result = jax.ShapeDtypeStruct((math.prod(batch), weight.shape[0]), computed)
     args = [x.reshape(math.prod(batch), k), weight] + ([] if bias is None else [native.as_float(bias)])
-
-    def compute(*args: Array) -> Array:
-        out: Array = native.call("tensorport.v1.linear", result, *args)
-        return out
-
-    rows: Array = native.only_on_cpu(compute, *args)
+    rows: Array = native.call("tensorport.v1.linear", result, *args)
     return rows.astype(out_dtype).reshape(*batch, weight.shape[0])
 
 

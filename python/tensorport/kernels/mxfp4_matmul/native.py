@@ -21,10 +21,6 @@ def matmul(x: Float[Array, "*batch k"], w: MXFP4Array) -> Float[Array, "*batch n
     """X [..., K] . w [N, K] -> [..., N]."""
     *batch, k = x.shape
     result = jax.ShapeDtypeStruct((math.prod(batch), w.shape[0]), x.dtype)
-
-    def compute(*args: Array) -> Array:
-        out: Array = native.call("tensorport.v1.mxfp4_matmul", result, *args)
-        return out
-
-    rows: Array = native.only_on_cpu(compute, x.reshape(math.prod(batch), k), w.blocks, w.scales)
+    args = x.reshape(math.prod(batch), k), w.blocks, w.scales
+    rows: Array = native.call("tensorport.v1.mxfp4_matmul", result, *args)
     return rows.reshape(*batch, w.shape[0])

@@ -1,6 +1,5 @@
 """moe in Rust, on CPU: both layers and all between them in one call, for MXFP4 and for bfloat16 experts."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -38,18 +37,11 @@ def moe(
     is_mxfp4 = isinstance(experts, Experts)
     target = "tensorport.v1.mxfp4_moe" if is_mxfp4 else "tensorport.v1.dense_moe"
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    compute = partial(_compute, target, result, activation)
     ids = native.as_ids(router_indices, experts.gate_up.shape[0], ELSEWHERE)
     weights = router_weights.astype(jnp.float32)
     gate_up_bias, down_bias = native.as_float(experts.gate_up_bias), native.as_float(experts.down_bias)
     # An MXFP4Array has two leaves, blocks and scales, and a dense array is its own.
     args = jax.tree.leaves((x, ids, weights, experts.gate_up, gate_up_bias, experts.down, down_bias))
-    out: Array = native.only_on_cpu(compute, *args)
-    return out
-
-
-def _compute(target: str, result: jax.ShapeDtypeStruct, activation: Activation, *args: Array) -> Array:
-    out: Array = native.call(
-        target, result, *args, limit=np.float32(activation.limit), alpha=np.float32(activation.alpha)
-    )
+    constants = {"limit": np.float32(activation.limit), "alpha": np.float32(activation.alpha)}
+    out: Array = native.call(target, result, *args, **constants)
     return out
