@@ -27,7 +27,7 @@ test: test-rust
 test-rust:
 	cargo test
 	# Loops become vectors only with optimisation.
-	cargo test --release --test rust -- cast:: encode:: mxfp4:: quantize::
+	cargo test --release --test rust -- cast:: encode:: kernels:: mxfp4:: quantize::
 ifneq ($(LIBPYTHON_DIR),)
 	LD_LIBRARY_PATH=$(LIBPYTHON_DIR):$$LD_LIBRARY_PATH cargo test --features python --lib
 else
@@ -68,6 +68,7 @@ BENCH_PYTHON ?= $(BIN)/python
 BENCH_DISK ?= .
 bench: $(VENV)/.dev
 	cargo bench --bench kernels
+	cargo bench --bench products
 	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON)
 	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON) --where $(BENCH_DISK) --sync --only tensorport --only numpy
 	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK)

@@ -7,6 +7,7 @@ mod encode;
 mod fixtures;
 mod fuzz;
 mod header;
+mod kernels;
 mod load;
 mod malformed;
 mod mxfp4;
