@@ -226,17 +226,30 @@ trait Expand<V: Vectors, X: Operand<V>, const N: usize> {
 
 struct Mxfp4;
 
-impl<V: Vectors> Expand<V, [f32; 16], 8> for Mxfp4 {
+impl Mxfp4 {
+    /// [`Expand::add_products`], for either dtype.
     #[inline(always)]
-    fn add_products(vectors: V, chunk: Chunk<'_>, x: &[[f32; 16]; 8], sums: V::Floats) -> V::Floats {
+    fn products_of_codes<V: Vectors, X: Operand<V>>(
+        vectors: V,
+        chunk: Chunk<'_>,
+        x: &[X],
+        sums: V::Floats,
+    ) -> V::Floats {
         let codes = vectors.load(chunk.bytes);
         // Two sums, so that one does not wait for the other.
         let mut products = [vectors.zero(); 2];
         for (number, x) in (0u32..).zip(x) {
             let half = &mut products[number as usize % 2];
-            *half = vectors.mul_add(vectors.e2m1(codes, 4 * number), vectors.load_f32(x), *half);
+            *half = X::mul_add(vectors, X::e2m1(vectors, codes, number), x.load(vectors), *half);
         }
         vectors.mul_add(vectors.add(products[0], products[1]), vectors.e8m0(chunk.scales), sums)
+    }
+}
+
+impl<V: Vectors> Expand<V, [f32; 16], 8> for Mxfp4 {
+    #[inline(always)]
+    fn add_products(vectors: V, chunk: Chunk<'_>, x: &[[f32; 16]; 8], sums: V::Floats) -> V::Floats {
+        Self::products_of_codes(vectors, chunk, x, sums)
     }
 
     #[inline(always)]
@@ -253,13 +266,7 @@ impl<V: Vectors> Expand<V, [f32; 16], 8> for Mxfp4 {
 impl<V: Vectors> Expand<V, [u16; 32], 4> for Mxfp4 {
     #[inline(always)]
     fn add_products(vectors: V, chunk: Chunk<'_>, x: &[[u16; 32]; 4], sums: V::Floats) -> V::Floats {
-        let codes = vectors.load(chunk.bytes);
-        let mut products = [vectors.zero(); 2];
-        for (number, x) in (0u32..).zip(x) {
-            let half = &mut products[number as usize % 2];
-            *half = vectors.bf16_dot(vectors.e2m1_bf16(codes, 4 * number), x.load(vectors), *half);
-        }
-        vectors.mul_add(vectors.add(products[0], products[1]), vectors.e8m0(chunk.scales), sums)
+        Self::products_of_codes(vectors, chunk, x, sums)
     }
 
     #[inline(always)]

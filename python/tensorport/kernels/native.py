@@ -8,7 +8,7 @@ that XLA refused before the backend started would. So the backend starts first, 
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 import jax
@@ -18,7 +18,7 @@ from tensorport import _core
 from tensorport.kernels.registry import Device
 from tensorport.kernels.varying import vary_alike
 
-__all__ = ["FLOATS", "as_float", "as_ids", "call", "only_on_cpu", "refuses", "unavailable"]
+__all__ = ["FLOATS", "as_float", "as_ids", "call", "refuses", "unavailable"]
 
 FLOATS: Final = ("bfloat16", "float32")
 """Dtypes of activations that native kernels take."""
@@ -97,7 +97,7 @@ def call(
     carries of loops, reshapes of those. A slice is copied by XLA first.
 
     Under `vmap` it is called once for each element. It has no gradient: JAX raises ValueError. In a program compiled
-    for anything but CPU, XLA does not find it: see :func:`only_on_cpu`.
+    for anything but CPU, XLA does not find it: :mod:`tensorport.kernels.registry` chooses by platform.
 
     Args:
         target: the kernel's name, such as `tensorport.v1.probe`.
@@ -121,17 +121,6 @@ def call(
     args = vary_alike(args)
     computed = jax.ffi.ffi_call(target, results, vmap_method="sequential")(*args, **scalars)
     return vary_alike((args, computed))[1]
-
-
-def only_on_cpu(function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function within a program that is for CPU alone.
-
-    Where there is another way for other devices, `jax.lax.platform_dependent` says so; this is for where there is none.
-
-    Raises:
-        NotImplementedError: when the program is lowered for another platform; names it.
-    """
-    return jax.lax.platform_dependent(*args, cpu=function)
 
 
 def _scalar(name: str, value: Any) -> np.generic:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from jax import export, lax
 from jax.sharding import NamedSharding, PartitionSpec
+from tensorport import mxfp4
 from tensorport.kernels import native
 
 PROBE = "tensorport.v1.probe"
@@ -346,13 +347,30 @@ def test_an_exported_program_runs(platforms: tuple[str, ...], values: jax.Array)
     assert program.call(jnp.zeros((3, 5), jnp.uint8), values) == 999 * 500
 
 
-def test_what_is_for_cpu_alone_is_refused_elsewhere_when_lowered(memory: jax.Array, values: jax.Array) -> None:
-    def only(memory: Any, values: Any) -> Any:
-        return native.only_on_cpu(probe, memory, values)[2]
+def products(implementation: Any, *platforms: str) -> Any:
+    """A product with an MXFP4 matrix, exported."""
 
-    assert jax.jit(only)(memory, values) == 999 * 500
+    def product(x: Any, blocks: Any, scales: Any) -> Any:
+        return mxfp4.matmul(x, mxfp4.MXFP4Array(blocks, scales), implementation=implementation)
+
+    shape: Any = jax.ShapeDtypeStruct
+    args = shape((2, 96), np.float32), shape((7, 3, 16), np.uint8), shape((7, 3), np.uint8)
+    checks = [export.DisabledSafetyCheck.custom_call("tensorport.v1.mxfp4_matmul")]
+    return export.export(jax.jit(product), platforms=platforms, disabled_checks=checks)(*args)
+
+
+def test_an_automatic_choice_runs_on_any_platform() -> None:
+    assert "tensorport.v1" not in products("auto", "cuda").mlir_module()
+    program = export.deserialize(products("auto", "cpu", "cuda").serialize())
+    w = mxfp4.quantize(jax.random.normal(jax.random.key(0), (7, 96)))
+    x = jax.random.normal(jax.random.key(1), (2, 96))
+    np.testing.assert_array_equal(program.call(x, w.blocks, w.scales), mxfp4.matmul(x, w, implementation="native"))
+
+
+def test_a_named_kernel_is_refused_elsewhere_when_lowered() -> None:
+    assert "tensorport.v1.mxfp4_matmul" in products("native", "cpu").mlir_module()
     with pytest.raises(NotImplementedError, match=r"'cpu'.* not found for platform cuda"):
-        exported(only, "cuda")
+        products("native", "cuda")
 
 
 def test_a_program_from_the_compilation_cache_finds_the_kernel(tmp_path: Path) -> None:
