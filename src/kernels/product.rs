@@ -229,10 +229,10 @@ struct Mxfp4;
 impl Mxfp4 {
     /// [`Expand::add_products`], for either dtype.
     #[inline(always)]
-    fn products_of_codes<V: Vectors, X: Operand<V>>(
+    fn products_of_codes<V: Vectors, X: Operand<V>, const N: usize>(
         vectors: V,
         chunk: Chunk<'_>,
-        x: &[X],
+        x: &[X; N],
         sums: V::Floats,
     ) -> V::Floats {
         let codes = vectors.load(chunk.bytes);
