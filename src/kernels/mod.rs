@@ -2,10 +2,13 @@
 //!
 //! They know slices and [`Threads`], and nothing of JAX or Python; [`ffi`](crate::ffi) is how XLA calls them.
 
+mod expand;
 mod experts;
+mod few;
 mod floats;
 mod grouping;
 mod linear;
+mod many;
 mod matrix;
 mod packed;
 mod product;
