@@ -12,14 +12,14 @@ pub(super) trait Expand<V: Vectors, X: Operand<V>, const N: usize> {
     fn add_products<const M: usize>(
         vectors: V,
         chunk: V::Words,
-        scales: [u8; 4],
+        scales: u32,
         x: [&[X; N]; M],
         sums: &mut [V::Floats; M],
     );
 
     /// The values of a chunk of sixteen rows, scaled: of `rows`, which are transposed, vector i makes the vectors
     /// i, 16 + i .. of `out`, N of them.
-    fn expand(vectors: V, rows: [V::Words; 16], scales: [[u8; 4]; 16], out: &mut [[X; 16]; N]);
+    fn expand(vectors: V, rows: [V::Words; 16], scales: [u32; 16], out: &mut [[X; 16]; N]);
 }
 
 /// MXFP4; `NORMAL` where all scale bytes are 1 .. 254.
@@ -31,7 +31,7 @@ impl<const NORMAL: bool> Mxfp4<NORMAL> {
     fn add_products<V: Vectors, X: Operand<V>, const N: usize, const M: usize>(
         vectors: V,
         codes: V::Words,
-        scales: [u8; 4],
+        scales: u32,
         x: [&[X; N]; M],
         sums: &mut [V::Floats; M],
     ) {
@@ -42,22 +42,18 @@ impl<const NORMAL: bool> Mxfp4<NORMAL> {
                 products[m] = X::mul_add(vectors, values, x[m][j].load(vectors), products[m]);
             }
         }
-        let factors =
-            if NORMAL { vectors.e8m0_normal(scales) } else { vectors.e8m0(vectors.load(&on_four_lanes(scales)), 0) };
+        let factors = if NORMAL { vectors.e8m0_normal(scales) } else { rare_factors(vectors, scales) };
         for m in 0..M {
             sums[m] = vectors.mul_add(products[m], factors, sums[m]);
         }
     }
 }
 
-/// Each scale as the lowest byte of four lanes.
-#[cold]
-fn on_four_lanes(scales: [u8; 4]) -> [u8; 64] {
-    let mut bytes = [0; 64];
-    for (lane, bytes) in bytes.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-        bytes[0] = scales[lane / 4];
-    }
-    bytes
+/// Factors of four scale bytes, each on four lanes.
+#[inline(always)]
+fn rare_factors<V: Vectors>(vectors: V, scales: u32) -> V::Floats {
+    let lanes: [u32; 16] = std::array::from_fn(|lane| scales >> (lane / 4 * 8));
+    vectors.e8m0(vectors.load(zerocopy::transmute_ref!(&lanes)), 0)
 }
 
 impl<V: Vectors, const NORMAL: bool> Expand<V, [f32; 16], 8> for Mxfp4<NORMAL> {
@@ -67,7 +63,7 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [f32; 16], 8> for Mxfp4<NORMAL> {
     fn add_products<const M: usize>(
         vectors: V,
         codes: V::Words,
-        scales: [u8; 4],
+        scales: u32,
         x: [&[[f32; 16]; 8]; M],
         sums: &mut [V::Floats; M],
     ) {
@@ -75,7 +71,7 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [f32; 16], 8> for Mxfp4<NORMAL> {
     }
 
     #[inline(always)]
-    fn expand(vectors: V, codes: [V::Words; 16], scales: [[u8; 4]; 16], out: &mut [[[f32; 16]; 16]; 8]) {
+    fn expand(vectors: V, codes: [V::Words; 16], scales: [u32; 16], out: &mut [[[f32; 16]; 16]; 8]) {
         let scales = vectors.load(zerocopy::transmute_ref!(&scales));
         for block in 0..4 {
             let factors = vectors.e8m0(scales, 8 * block);
@@ -95,7 +91,7 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [u16; 32], 4> for Mxfp4<NORMAL> {
     fn add_products<const M: usize>(
         vectors: V,
         codes: V::Words,
-        scales: [u8; 4],
+        scales: u32,
         x: [&[[u16; 32]; 4]; M],
         sums: &mut [V::Floats; M],
     ) {
@@ -103,11 +99,11 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [u16; 32], 4> for Mxfp4<NORMAL> {
     }
 
     #[inline(always)]
-    fn expand(vectors: V, codes: [V::Words; 16], scales: [[u8; 4]; 16], out: &mut [[[u16; 32]; 16]; 4]) {
+    fn expand(vectors: V, codes: [V::Words; 16], scales: [u32; 16], out: &mut [[[u16; 32]; 16]; 4]) {
         // Exponents that stay within bfloat16's can be added to.
-        let are_ordinary = |are, scale: &u8| are & (2..=252).contains(scale);
-        if !scales.as_flattened().iter().fold(true, are_ordinary) {
-            return expand_rare(codes.map(|codes| vectors.store_bf16(codes)), scales, out);
+        let bytes: &[u8; 64] = zerocopy::transmute_ref!(&scales);
+        if bytes.iter().fold(0, |most, scale| scale.wrapping_sub(2).max(most)) > 250 {
+            return expand_rare(&codes.map(|codes| vectors.store_bf16(codes)), scales, out);
         }
         let scales = vectors.load(zerocopy::transmute_ref!(&scales));
         for block in 0..4 {
@@ -125,7 +121,7 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [u16; 32], 4> for Mxfp4<NORMAL> {
 /// As `expand`, for scales so small or large that a value may be subnormal, infinite or NaN.
 #[cold]
 #[inline(never)]
-fn expand_rare(codes: [[u16; 32]; 16], scales: [[u8; 4]; 16], out: &mut [[[u16; 32]; 16]; 4]) {
+fn expand_rare(codes: &[[u16; 32]; 16], scales: [u32; 16], out: &mut [[[u16; 32]; 16]; 4]) {
     let scales = Plain.load(zerocopy::transmute_ref!(&scales));
     for (i, (codes, block)) in codes.iter().zip((0u32..4).flat_map(|block| [block; 4])).enumerate() {
         let codes = Plain.load(zerocopy::transmute_ref!(codes));
@@ -147,7 +143,7 @@ impl<V: Vectors> Expand<V, [f32; 16], 2> for Bf16 {
     fn add_products<const M: usize>(
         vectors: V,
         words: V::Words,
-        _: [u8; 4],
+        _: u32,
         x: [&[[f32; 16]; 2]; M],
         sums: &mut [V::Floats; M],
     ) {
@@ -159,7 +155,7 @@ impl<V: Vectors> Expand<V, [f32; 16], 2> for Bf16 {
     }
 
     #[inline(always)]
-    fn expand(vectors: V, words: [V::Words; 16], _: [[u8; 4]; 16], out: &mut [[[f32; 16]; 16]; 2]) {
+    fn expand(vectors: V, words: [V::Words; 16], _: [u32; 16], out: &mut [[[f32; 16]; 16]; 2]) {
         for i in 0..16 {
             out[0][i] = vectors.store_f32(vectors.bf16_even(words[i]));
             out[1][i] = vectors.store_f32(vectors.bf16_odd(words[i]));
@@ -174,7 +170,7 @@ impl<V: Vectors> Expand<V, [u16; 32], 1> for Bf16 {
     fn add_products<const M: usize>(
         vectors: V,
         words: V::Words,
-        _: [u8; 4],
+        _: u32,
         x: [&[[u16; 32]; 1]; M],
         sums: &mut [V::Floats; M],
     ) {
@@ -184,7 +180,7 @@ impl<V: Vectors> Expand<V, [u16; 32], 1> for Bf16 {
     }
 
     #[inline(always)]
-    fn expand(vectors: V, words: [V::Words; 16], _: [[u8; 4]; 16], out: &mut [[[u16; 32]; 16]; 1]) {
+    fn expand(vectors: V, words: [V::Words; 16], _: [u32; 16], out: &mut [[[u16; 32]; 16]; 1]) {
         for i in 0..16 {
             out[0][i] = vectors.store_bf16(words[i]);
         }

@@ -2,7 +2,6 @@
 //!
 //! The matrix comes from memory once, and that is what takes the time.
 
-use std::iter::zip;
 use std::ops::Range;
 
 use super::expand::Expand;
@@ -23,20 +22,15 @@ pub(super) fn multiply<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: u
     columns: &[usize],
     out: &mut [f32],
 ) {
-    // What is multiplied by one expanded chunk: of 2880 values four rows stay in a first-level cache.
-    let (fours, rest) = columns.as_chunks::<4>();
-    let (out_of_fours, out_of_rest) = out.split_at_mut(4 * fours.len() * rows.len());
-    for (columns, out) in zip(fours, out_of_fours.chunks_exact_mut((4 * rows.len()).max(1))) {
-        let x = columns.map(|column| x.get(column));
-        multiply_columns::<V, X, F, N, 4, 1>(vectors, x, matrix, rows.clone(), out);
-    }
+    let x = |number: usize| x.get(columns[number]);
     // Several sums for few columns, so that none waits for the one before.
-    let (out, x) = (out_of_rest, |column| x.get(column));
-    match *rest {
-        [a] => multiply_columns::<V, X, F, N, 1, 4>(vectors, [x(a)], matrix, rows, out),
-        [a, b] => multiply_columns::<V, X, F, N, 2, 2>(vectors, [x(a), x(b)], matrix, rows, out),
-        [a, b, c] => multiply_columns::<V, X, F, N, 3, 2>(vectors, [x(a), x(b), x(c)], matrix, rows, out),
-        _ => {}
+    match columns.len() {
+        0 => {}
+        1 => multiply_columns::<V, X, F, N, 1, 4>(vectors, [x(0)], matrix, rows, out),
+        2 => multiply_columns::<V, X, F, N, 2, 2>(vectors, [x(0), x(1)], matrix, rows, out),
+        3 => multiply_columns::<V, X, F, N, 3, 2>(vectors, [x(0), x(1), x(2)], matrix, rows, out),
+        4 => multiply_columns::<V, X, F, N, 4, 1>(vectors, [x(0), x(1), x(2), x(3)], matrix, rows, out),
+        columns => unreachable!("{columns} columns are not few"),
     }
 }
 
@@ -76,14 +70,21 @@ fn dot<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: usize, const M: u
     let x: [&[[X; N]]; M] = x.map(|x| &x.as_chunks().0[..count]);
     let mut sums = [[vectors.zero(); M]; S];
     let (whole, rest) = row.bytes.as_chunks();
-    for (chunk, bytes) in whole.iter().enumerate() {
-        vectors.prefetch(bytes, PREFETCH_BYTES);
-        let x = x.map(|x| &x[chunk]);
-        F::add_products(vectors, vectors.load(bytes), row.scales(chunk), x, &mut sums[chunk % S]);
+    let (groups, others) = whole.as_chunks::<S>();
+    for (group, chunks) in groups.iter().enumerate() {
+        for number in 0..S {
+            let chunk = S * group + number;
+            vectors.prefetch(&chunks[number], PREFETCH_BYTES);
+            let words = vectors.load(&chunks[number]);
+            F::add_products(vectors, words, row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[number]);
+        }
+    }
+    for (chunk, bytes) in (S * groups.len()..).zip(others) {
+        F::add_products(vectors, vectors.load(bytes), row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[0]);
     }
     if !rest.is_empty() {
-        let x = x.map(|x| &x[count - 1]);
-        F::add_products(vectors, vectors.load_part(rest), row.scales(count - 1), x, &mut sums[0]);
+        let (words, chunk) = (vectors.load_part(rest), count - 1);
+        F::add_products(vectors, words, row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[0]);
     }
     let mut out = [0.0; M];
     for m in 0..M {

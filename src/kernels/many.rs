@@ -59,13 +59,13 @@ fn multiply_panels<
     for first in (0..height).step_by(P * PANEL_ROWS) {
         let mut panels: [&[X]; P] = [&[]; P];
         let mut rest = scratch.as_mut_slice();
-        for number in 0..P {
+        for (number, done) in panels.iter_mut().enumerate() {
             let (panel, others) = rest.split_at_mut(vectors_of_panel);
             rest = others;
             // Behind the last row it is there again, for nobody.
             let row = |lane: usize| matrix.row((rows.start + first + number * PANEL_ROWS + lane).min(rows.end - 1));
             expand_panel::<V, X, F, N>(vectors, std::array::from_fn(row), panel);
-            panels[number] = panel;
+            *done = panel;
         }
         let count = (height - first).min(P * PANEL_ROWS);
         let tiles = columns.len().div_ceil(M);
@@ -140,11 +140,11 @@ impl<X, const P: usize> Tile<'_, X, P> {
     {
         let x: [&[X::Lane]; M] = std::array::from_fn(|m| X::lanes(self.x.get(self.columns[m])));
         let sums = sums(vectors, self.panels, x);
-        for m in 0..M {
+        for (m, sums) in sums.into_iter().enumerate() {
             let out = &mut self.out[m * height + first..][..count];
             let mut values = [[0.0; PANEL_ROWS]; P];
             for p in 0..P {
-                values[p] = vectors.store_f32(sums[m][p]);
+                values[p] = vectors.store_f32(sums[p]);
             }
             out.copy_from_slice(&values.as_flattened()[..count]);
         }

@@ -120,23 +120,35 @@ impl Row<'_> {
         }
     }
 
-    /// The scale bytes of a chunk's blocks, and those of 1 behind the row's end.
+    /// The scale bytes of a chunk's blocks, the first lowest, and those of 1 behind the row's end.
     #[inline(always)]
-    pub(super) fn scales(self, chunk: usize) -> [u8; 4] {
+    pub(super) fn scales(self, chunk: usize) -> u32 {
+        const ONE: u8 = 127;
         let (whole, rest) = self.scales.as_chunks();
-        match (whole.get(chunk), rest) {
-            (Some(scales), _) => *scales,
-            (None, &[a]) => [a, 127, 127, 127],
-            (None, &[a, b]) => [a, b, 127, 127],
-            (None, &[a, b, c]) => [a, b, c, 127],
-            (None, _) => [127; 4],
-        }
+        u32::from_le_bytes(match (whole.get(chunk), rest) {
+            (Some(scales), _) => return u32::from_le_bytes(*scales),
+            (None, &[a]) => [a, ONE, ONE, ONE],
+            (None, &[a, b]) => [a, b, ONE, ONE],
+            (None, &[a, b, c]) => [a, b, c, ONE],
+            (None, _) => [ONE; 4],
+        })
     }
 
-    /// Whether all scales are normal numbers of float32.
+    /// Whether all scales are normal numbers of float32: bytes 1 .. 254.
     #[inline(always)]
     pub(super) fn has_normal_scales(self) -> bool {
-        // All of them in one pass without a branch, rather than the first that is not.
-        self.scales.iter().fold(true, |are_normal, &scale| are_normal & (scale != 0) & (scale != u8::MAX))
+        let (words, rest) = self.scales.as_chunks();
+        // All of them without a branch, rather than up to the first that is not.
+        let found = words.iter().fold(0, |found, word| {
+            let word = u64::from_ne_bytes(*word);
+            found | zero_bytes(word) | zero_bytes(!word)
+        });
+        found == 0 && !rest.iter().any(|&scale| matches!(scale, 0 | u8::MAX))
     }
+}
+
+/// Zero if no byte of a word is.
+fn zero_bytes(word: u64) -> u64 {
+    const LOWEST: u64 = u64::MAX / 0xff;
+    word.wrapping_sub(LOWEST) & !word & LOWEST << 7
 }

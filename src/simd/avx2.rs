@@ -149,9 +149,9 @@ impl Vectors for Avx2 {
     }
 
     #[inline(always)]
-    fn e8m0_normal(self, scales: [u8; 4]) -> [__m256; 2] {
+    fn e8m0_normal(self, scales: u32) -> [__m256; 2] {
         unsafe {
-            let scales = _mm256_set1_epi32(i32::from_le_bytes(scales));
+            let scales = _mm256_set1_epi32(scales.cast_signed());
             let (low, high) = (
                 _mm256_shuffle_epi8(scales, transmute!(SPREAD[0])),
                 _mm256_shuffle_epi8(scales, transmute!(SPREAD[1])),

@@ -180,9 +180,9 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
     }
 
     #[inline(always)]
-    fn e8m0_normal(self, scales: [u8; 4]) -> __m512 {
+    fn e8m0_normal(self, scales: u32) -> __m512 {
         unsafe {
-            let bytes = _mm512_shuffle_epi8(_mm512_set1_epi32(i32::from_le_bytes(scales)), transmute!(SPREAD));
+            let bytes = _mm512_shuffle_epi8(_mm512_set1_epi32(scales.cast_signed()), transmute!(SPREAD));
             _mm512_castsi512_ps(_mm512_slli_epi32::<23>(bytes))
         }
     }

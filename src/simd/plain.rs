@@ -113,8 +113,8 @@ impl Vectors for Plain {
     }
 
     #[inline(always)]
-    fn e8m0_normal(self, scales: [u8; 4]) -> [f32; 16] {
-        std::array::from_fn(|lane| scale(scales[lane / 4]))
+    fn e8m0_normal(self, scales: u32) -> [f32; 16] {
+        std::array::from_fn(|lane| scale(scales.to_le_bytes()[lane / 4]))
     }
 
     /// The scale bytes themselves.

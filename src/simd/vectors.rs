@@ -57,8 +57,8 @@ pub(crate) trait Vectors: Copy {
     fn e2m1_bf16(self, codes: Self::Words, shift: u32) -> Self::Words;
     /// The factors of the scale bytes in bits `shift` .. `shift` + 8 of each lane: 2^(byte − 127), and NaN for 255.
     fn e8m0(self, scales: Self::Words, shift: u32) -> Self::Floats;
-    /// The factors of four scale bytes, each on four lanes: 2^(byte − 127). For bytes 1 .. 254.
-    fn e8m0_normal(self, scales: [u8; 4]) -> Self::Floats;
+    /// The factors of four scale bytes, each on four lanes, the lowest first: 2^(byte − 127). For bytes 1 .. 254.
+    fn e8m0_normal(self, scales: u32) -> Self::Floats;
     /// What [`add_exponents`](Self::add_exponents) takes for scale bytes in bits `shift` .. `shift` + 8 of each lane.
     fn exponents(self, scales: Self::Words, shift: u32) -> Self::Words;
     /// bfloat16 values, of which `codes` (in bits `shift` .. `shift` + 4 of each 16-bit lane) say which are not zero,
