@@ -6,9 +6,10 @@
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_prefetch, _mm512_add_ps, _mm512_and_si512,
     _mm512_castsi512_ps, _mm512_cmpeq_epi32_mask, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_mask_add_epi16,
-    _mm512_mask_mov_epi32, _mm512_max_epi32, _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_permutexvar_ps,
-    _mm512_reduce_add_ps, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_shuffle_epi8,
-    _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srl_epi16, _mm512_srl_epi32, _mm512_sub_epi16, _mm512_test_epi16_mask,
+    _mm512_mask_mov_epi32, _mm512_max_epi32, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_permutexvar_epi16,
+    _mm512_permutexvar_ps, _mm512_reduce_add_ps, _mm512_scalef_ps, _mm512_set1_epi16, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_epi8, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srl_epi16,
+    _mm512_srl_epi32, _mm512_sub_epi16, _mm512_test_epi16_mask,
 };
 
 use zerocopy::transmute;
@@ -69,6 +70,11 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
     fn load_f32(self, values: &[f32; 16]) -> __m512 {
         transmute!(*values)
     }
@@ -101,6 +107,21 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
     #[inline(always)]
     fn mul_add(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn scale(self, a: __m512, n: __m512) -> __m512 {
+        unsafe { _mm512_scalef_ps(a, n) }
     }
 
     #[inline(always)]

@@ -17,6 +17,11 @@ impl Vectors for Plain {
     }
 
     #[inline(always)]
+    fn splat(self, value: f32) -> [f32; 16] {
+        [value; 16]
+    }
+
+    #[inline(always)]
     fn load_f32(self, values: &[f32; 16]) -> [f32; 16] {
         *values
     }
@@ -62,6 +67,26 @@ impl Vectors for Plain {
         } else {
             std::array::from_fn(|lane| a[lane] * b[lane] + c[lane])
         }
+    }
+
+    #[inline(always)]
+    fn min(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|lane| if a[lane] < b[lane] { a[lane] } else { b[lane] })
+    }
+
+    #[inline(always)]
+    fn max(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|lane| if a[lane] > b[lane] { a[lane] } else { b[lane] })
+    }
+
+    #[inline(always)]
+    fn scale(self, a: [f32; 16], n: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|lane| {
+            // Two factors, for one might not be a float. The first product is exact.
+            #[expect(clippy::cast_possible_truncation, reason = "whole and small")]
+            let n = n[lane] as i32;
+            a[lane] * power_of_two(n >> 1) * power_of_two(n - (n >> 1))
+        })
     }
 
     #[inline(always)]
@@ -118,6 +143,11 @@ fn scale(byte: u8) -> f32 {
         u8::MAX => f32::NAN,
         byte => f32::from_bits(u32::from(byte) << 23),
     }
+}
+
+/// 2^n for n in −126 ..= 127.
+fn power_of_two(n: i32) -> f32 {
+    f32::from_bits((n + 127).cast_unsigned() << 23)
 }
 
 fn float(half: u16) -> f32 {
