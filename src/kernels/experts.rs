@@ -8,6 +8,7 @@ use super::grouping::{Group, group_by_expert, places, waves};
 use super::matrix::Matrix;
 use super::packed::Packed;
 use super::product::{Product, parts_of, rows_of_task};
+use super::swiglu::Swiglu;
 use super::threads::{Threads, for_each};
 use crate::simd::Level;
 
@@ -73,15 +74,6 @@ pub struct Experts<'a> {
     pub limit: f32,
     /// Steepness of the sigmoid.
     pub alpha: f32,
-}
-
-impl Experts<'_> {
-    /// gate · sigmoid(alpha · gate) · (up + 1), both clamped; NaN stays NaN.
-    fn activation(&self, gate: f32, up: f32) -> f32 {
-        let gate = if gate > self.limit { self.limit } else { gate };
-        let up = up.clamp(-self.limit, self.limit);
-        gate / (1.0 + (-self.alpha * gate).exp()) * (up + 1.0)
-    }
 }
 
 /// The outputs of each token's experts, weighted and summed: x [T, H] -> [T, H].
@@ -163,6 +155,7 @@ fn first_layer(
 ) -> Packed {
     let (matrix, width) = (&experts.gate_up, experts.down.columns());
     let rows = groups.iter().map(|group| group.rows.len()).sum::<usize>();
+    let swiglu = Swiglu { limit: experts.limit, alpha: experts.alpha };
     let mut inner = vec![0.0; rows * width];
     for_each(threads, tasks(groups, width, matrix, 2, &mut inner), &|task: Task<'_>| {
         let Task { group, results, out } = task;
@@ -172,10 +165,7 @@ fn first_layer(
         Product { matrix, rows: rows.clone(), x, columns: &columns, out: &mut products }.run(level);
         let biases: Vec<f32> = rows.map(|row| experts.gate_up_bias.get(row)).collect();
         for (out, products) in zip(out.chunks_exact_mut(results.len()), products.chunks_exact(biases.len())) {
-            let (pairs, biases) = (products.as_chunks().0, biases.as_chunks().0);
-            for (out, ([gate, up], [gate_bias, up_bias])) in zip(out, zip(pairs, biases)) {
-                *out = experts.activation(gate + gate_bias, up + up_bias);
-            }
+            swiglu.run(level, products.as_chunks().0, biases.as_chunks().0, out);
         }
     });
     let inner: Vec<_> = rows_of(groups, width, matrix, 2, &inner).collect();

@@ -12,6 +12,7 @@ mod many;
 mod matrix;
 mod packed;
 mod product;
+mod swiglu;
 mod threads;
 
 pub use experts::{ELSEWHERE, Experts, expert_linear, moe};

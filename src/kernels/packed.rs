@@ -44,7 +44,7 @@ impl<V: Vectors> Operand<V> for [f32; 16] {
 
     #[inline(always)]
     fn splat(vectors: V, lane: f32) -> V::Floats {
-        vectors.splat_f32(lane)
+        vectors.splat(lane)
     }
 
     #[inline(always)]
@@ -75,7 +75,7 @@ impl<V: Vectors> Operand<V> for [u16; 32] {
 
     #[inline(always)]
     fn splat(vectors: V, [even, odd]: [u16; 2]) -> V::Words {
-        vectors.splat(u32::from(odd) << 16 | u32::from(even))
+        vectors.splat_words(u32::from(odd) << 16 | u32::from(even))
     }
 
     #[inline(always)]

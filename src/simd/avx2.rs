@@ -4,12 +4,12 @@
 #![expect(clippy::undocumented_unsafe_blocks, reason = "one condition for all, stated above the implementation")]
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _MM_HINT_T0, _mm_add_ps, _mm_cvtsi32_si128, _mm_prefetch, _mm256_add_ps,
-    _mm256_and_si256, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmpeq_epi32, _mm256_extractf128_ps,
-    _mm256_fmadd_ps, _mm256_max_epi32, _mm256_mul_ps, _mm256_or_si256, _mm256_permute2x128_si256,
-    _mm256_permutevar8x32_epi32, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_epi8,
-    _mm256_slli_epi32, _mm256_srl_epi32, _mm256_unpackhi_epi32, _mm256_unpackhi_epi64, _mm256_unpacklo_epi32,
-    _mm256_unpacklo_epi64,
+    __m128i, __m256, __m256i, _MM_HINT_T0, _mm_add_ps, _mm_cvtsi32_si128, _mm_prefetch, _mm256_add_epi32,
+    _mm256_add_ps, _mm256_and_si256, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmpeq_epi32,
+    _mm256_cvtps_epi32, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_max_epi32, _mm256_max_ps, _mm256_min_ps,
+    _mm256_mul_ps, _mm256_or_si256, _mm256_permute2x128_si256, _mm256_permutevar8x32_epi32, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi32,
+    _mm256_sub_epi32, _mm256_unpackhi_epi32, _mm256_unpackhi_epi64, _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
 };
 
 use zerocopy::transmute;
@@ -61,6 +61,11 @@ impl Vectors for Avx2 {
     }
 
     #[inline(always)]
+    fn splat(self, value: f32) -> [__m256; 2] {
+        unsafe { [_mm256_set1_ps(value); 2] }
+    }
+
+    #[inline(always)]
     fn load_f32(self, values: &[f32; 16]) -> [__m256; 2] {
         transmute!(*values)
     }
@@ -96,6 +101,21 @@ impl Vectors for Avx2 {
     }
 
     #[inline(always)]
+    fn min(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        unsafe { [_mm256_min_ps(a[0], b[0]), _mm256_min_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn max(self, a: [__m256; 2], b: [__m256; 2]) -> [__m256; 2] {
+        unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+    }
+
+    #[inline(always)]
+    fn scale(self, a: [__m256; 2], n: [__m256; 2]) -> [__m256; 2] {
+        [scale(a[0], n[0]), scale(a[1], n[1])]
+    }
+
+    #[inline(always)]
     fn sum(self, a: [__m256; 2]) -> f32 {
         let quarters: [f32; 4] = unsafe {
             let half = _mm256_add_ps(a[0], a[1]);
@@ -117,12 +137,7 @@ impl Vectors for Avx2 {
     }
 
     #[inline(always)]
-    fn splat_f32(self, value: f32) -> [__m256; 2] {
-        unsafe { [_mm256_set1_ps(value); 2] }
-    }
-
-    #[inline(always)]
-    fn splat(self, word: u32) -> [__m256i; 2] {
+    fn splat_words(self, word: u32) -> [__m256i; 2] {
         unsafe { [_mm256_set1_epi32(word.cast_signed()); 2] }
     }
 
@@ -203,6 +218,24 @@ impl Vectors for Avx2 {
     fn prefetch(self, line: &[u8; 64], ahead: usize) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead).cast()) }
     }
+}
+
+#[inline(always)]
+fn scale(a: __m256, n: __m256) -> __m256 {
+    // SAFETY: called by methods of the type alone, as above.
+    unsafe {
+        let n = _mm256_cvtps_epi32(n);
+        // Two factors, for one might not be a float. The first product is exact.
+        let half = _mm256_srai_epi32::<1>(n);
+        _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(n, half)))
+    }
+}
+
+/// 2^n for n in −126 ..= 127.
+#[inline(always)]
+fn power_of_two(n: __m256i) -> __m256 {
+    // SAFETY: as above.
+    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127)))) }
 }
 
 /// How far to shift; constant where the caller's is.

@@ -6,11 +6,11 @@
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_prefetch, _mm512_add_ps, _mm512_and_si512,
     _mm512_castsi512_ps, _mm512_cmpeq_epi32_mask, _mm512_dpbf16_ps, _mm512_fmadd_ps, _mm512_mask_add_epi16,
-    _mm512_mask_mov_epi32, _mm512_maskz_loadu_epi8, _mm512_max_epi32, _mm512_mul_ps, _mm512_or_si512,
-    _mm512_permutexvar_epi16, _mm512_permutexvar_ps, _mm512_reduce_add_ps, _mm512_set1_epi16, _mm512_set1_epi32,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_epi8, _mm512_shuffle_i32x4, _mm512_slli_epi16, _mm512_slli_epi32,
-    _mm512_srl_epi16, _mm512_srl_epi32, _mm512_sub_epi16, _mm512_test_epi16_mask, _mm512_unpackhi_epi32,
-    _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    _mm512_mask_mov_epi32, _mm512_maskz_loadu_epi8, _mm512_max_epi32, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
+    _mm512_or_si512, _mm512_permutexvar_epi16, _mm512_permutexvar_ps, _mm512_reduce_add_ps, _mm512_scalef_ps,
+    _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_epi8, _mm512_shuffle_i32x4,
+    _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srl_epi16, _mm512_srl_epi32, _mm512_sub_epi16, _mm512_test_epi16_mask,
+    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
 use zerocopy::transmute;
@@ -69,6 +69,11 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn splat(self, value: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(value) }
+    }
+
+    #[inline(always)]
     fn load_f32(self, values: &[f32; 16]) -> __m512 {
         transmute!(*values)
     }
@@ -104,6 +109,21 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_min_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn scale(self, a: __m512, n: __m512) -> __m512 {
+        unsafe { _mm512_scalef_ps(a, n) }
+    }
+
+    #[inline(always)]
     fn sum(self, a: __m512) -> f32 {
         unsafe { _mm512_reduce_add_ps(a) }
     }
@@ -127,12 +147,7 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
     }
 
     #[inline(always)]
-    fn splat_f32(self, value: f32) -> __m512 {
-        unsafe { _mm512_set1_ps(value) }
-    }
-
-    #[inline(always)]
-    fn splat(self, word: u32) -> __m512i {
+    fn splat_words(self, word: u32) -> __m512i {
         unsafe { _mm512_set1_epi32(word.cast_signed()) }
     }
 

@@ -7,11 +7,13 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod exp;
 mod plain;
 mod vectors;
 
 use std::fmt;
 
+pub(crate) use exp::exp;
 pub(crate) use plain::Plain;
 pub(crate) use vectors::{VectorKernel, Vectors};
 

@@ -18,6 +18,11 @@ impl Vectors for Plain {
     }
 
     #[inline(always)]
+    fn splat(self, value: f32) -> [f32; 16] {
+        [value; 16]
+    }
+
+    #[inline(always)]
     fn load_f32(self, values: &[f32; 16]) -> [f32; 16] {
         *values
     }
@@ -66,6 +71,26 @@ impl Vectors for Plain {
     }
 
     #[inline(always)]
+    fn min(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|lane| if a[lane] < b[lane] { a[lane] } else { b[lane] })
+    }
+
+    #[inline(always)]
+    fn max(self, a: [f32; 16], b: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|lane| if a[lane] > b[lane] { a[lane] } else { b[lane] })
+    }
+
+    #[inline(always)]
+    fn scale(self, a: [f32; 16], n: [f32; 16]) -> [f32; 16] {
+        std::array::from_fn(|lane| {
+            // Two factors, for one might not be a float. The first product is exact.
+            #[expect(clippy::cast_possible_truncation, reason = "whole and small")]
+            let n = n[lane] as i32;
+            a[lane] * power_of_two(n >> 1) * power_of_two(n - (n >> 1))
+        })
+    }
+
+    #[inline(always)]
     fn sum(self, a: [f32; 16]) -> f32 {
         let mut lanes = a;
         for half in [8, 4, 2, 1] {
@@ -87,12 +112,7 @@ impl Vectors for Plain {
     }
 
     #[inline(always)]
-    fn splat_f32(self, value: f32) -> [f32; 16] {
-        [value; 16]
-    }
-
-    #[inline(always)]
-    fn splat(self, word: u32) -> [u32; 16] {
+    fn splat_words(self, word: u32) -> [u32; 16] {
         [word; 16]
     }
 
@@ -157,6 +177,11 @@ fn scale(byte: u8) -> f32 {
 #[expect(clippy::cast_possible_truncation, reason = "takes it apart")]
 fn byte(word: u32, shift: u32) -> u8 {
     (word >> shift) as u8
+}
+
+/// 2^n for n in −126 ..= 127.
+fn power_of_two(n: i32) -> f32 {
+    f32::from_bits((n + 127).cast_unsigned() << 23)
 }
 
 fn float(half: u16) -> f32 {

@@ -21,6 +21,8 @@ pub(crate) trait Vectors: Copy {
 
     /// All zero.
     fn zero(self) -> Self::Floats;
+    /// The same value in all lanes.
+    fn splat(self, value: f32) -> Self::Floats;
     /// From memory.
     fn load_f32(self, values: &[f32; 16]) -> Self::Floats;
     /// To memory.
@@ -34,10 +36,8 @@ pub(crate) trait Vectors: Copy {
         whole[..bytes.len()].copy_from_slice(bytes);
         self.load(&whole)
     }
-    /// A value in all lanes.
-    fn splat_f32(self, value: f32) -> Self::Floats;
-    /// A word in all 32-bit lanes.
-    fn splat(self, word: u32) -> Self::Words;
+    /// The same word in all lanes.
+    fn splat_words(self, word: u32) -> Self::Words;
     /// Lane j of vector i becomes lane i of vector j.
     fn transpose(self, rows: [Self::Words; 16]) -> [Self::Words; 16];
     /// To memory.
@@ -48,6 +48,12 @@ pub(crate) trait Vectors: Copy {
     fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// a · b + c, rounded once where the processor can.
     fn mul_add(self, a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    /// The smaller of each two; `b` where either is NaN.
+    fn min(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// The larger of each two; `b` where either is NaN.
+    fn max(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    /// a · 2^n for whole n in −252 ..= 254, rounded once.
+    fn scale(self, a: Self::Floats, n: Self::Floats) -> Self::Floats;
     /// The sum of all lanes, in some order.
     fn sum(self, a: Self::Floats) -> f32;
 
