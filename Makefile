@@ -15,7 +15,7 @@ LIBPYTHON_DIR := $(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config
 RUST_SOURCES := $(shell find src -type f) Cargo.toml Cargo.lock pyproject.toml
 WHEEL_STAMP := dist/.built
 
-.PHONY: demo test test-rust test-python test-newest lint format bench bench-gpu clean
+.PHONY: demo test test-rust test-arm test-python test-newest lint format bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tensorport demo
@@ -34,6 +34,14 @@ else
 	cargo check --features python
 	@echo "$(PYTHON) has no shared library: the binding's Rust tests were not run"
 endif
+
+# The kernels of ARM under an emulator, on another machine: needs Debian's packages qemu-user and gcc-aarch64-linux-gnu,
+# and the target, by `rustup target add aarch64-unknown-linux-gnu`.
+ARM := aarch64-unknown-linux-gnu
+test-arm:
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+		cargo test --release --target $(ARM) --lib --test rust -- kernels:: simd::
 
 test-python: $(VENV)/.dev target/release/tensorport
 	TENSORPORT_BINARY=target/release/tensorport $(BIN)/python -m pytest

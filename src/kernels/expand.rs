@@ -26,22 +26,14 @@ pub(super) trait Expand<V: Vectors, X: Operand<V>, const N: usize> {
 pub(super) struct Mxfp4<const NORMAL: bool>;
 
 impl<const NORMAL: bool> Mxfp4<NORMAL> {
-    /// [`Expand::add_products`], for either dtype.
+    /// Sums of unscaled products, scaled and added to `sums`.
     #[inline(always)]
-    fn add_products<V: Vectors, X: Operand<V>, const N: usize, const M: usize>(
+    fn add_scaled<V: Vectors, const M: usize>(
         vectors: V,
-        codes: V::Words,
+        products: [V::Floats; M],
         scales: u32,
-        x: [&[X; N]; M],
         sums: &mut [V::Floats; M],
     ) {
-        let mut products = [vectors.zero(); M];
-        for (j, number) in (0..N).zip(0u32..) {
-            let values = X::e2m1(vectors, codes, number);
-            for m in 0..M {
-                products[m] = X::mul_add(vectors, values, x[m][j].load(vectors), products[m]);
-            }
-        }
         let factors = if NORMAL { vectors.e8m0_normal(scales) } else { rare_factors(vectors, scales) };
         for m in 0..M {
             sums[m] = vectors.mul_add(products[m], factors, sums[m]);
@@ -67,7 +59,15 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [f32; 16], 8> for Mxfp4<NORMAL> {
         x: [&[[f32; 16]; 8]; M],
         sums: &mut [V::Floats; M],
     ) {
-        Self::add_products(vectors, codes, scales, x, sums);
+        let mut products = [vectors.zero(); M];
+        for (j, number) in (0..4).zip(0u32..) {
+            let [low, high] = vectors.e2m1_pair(codes, number);
+            for m in 0..M {
+                products[m] = vectors.mul_add(low, vectors.load_f32(&x[m][j]), products[m]);
+                products[m] = vectors.mul_add(high, vectors.load_f32(&x[m][j + 4]), products[m]);
+            }
+        }
+        Self::add_scaled(vectors, products, scales, sums);
     }
 
     #[inline(always)]
@@ -76,8 +76,10 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [f32; 16], 8> for Mxfp4<NORMAL> {
         for block in 0..4 {
             let factors = vectors.e8m0(scales, 8 * block);
             for i in 4 * block as usize..4 * (block as usize + 1) {
-                for (out, number) in out.iter_mut().zip(0u32..) {
-                    out[i] = vectors.store_f32(vectors.mul(vectors.e2m1(codes[i], 4 * number), factors));
+                for (j, number) in (0..4).zip(0u32..) {
+                    let [low, high] = vectors.e2m1_pair(codes[i], number);
+                    out[j][i] = vectors.store_f32(vectors.mul(low, factors));
+                    out[j + 4][i] = vectors.store_f32(vectors.mul(high, factors));
                 }
             }
         }
@@ -95,7 +97,14 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [u16; 32], 4> for Mxfp4<NORMAL> {
         x: [&[[u16; 32]; 4]; M],
         sums: &mut [V::Floats; M],
     ) {
-        Self::add_products(vectors, codes, scales, x, sums);
+        let mut products = [vectors.zero(); M];
+        for (j, number) in (0..4).zip(0u32..) {
+            let values = vectors.e2m1_bf16(codes, 4 * number);
+            for m in 0..M {
+                products[m] = vectors.bf16_dot(values, x[m][j].load(vectors), products[m]);
+            }
+        }
+        Self::add_scaled(vectors, products, scales, sums);
     }
 
     #[inline(always)]

@@ -26,8 +26,6 @@ pub(super) trait Operand<V: Vectors>: Copy + Send + Sync + 'static {
     fn lanes(values: &[Self]) -> &[Self::Lane];
     /// One lane's content in all lanes.
     fn splat(vectors: V, lane: Self::Lane) -> Self::Vector;
-    /// The values of one code from each lane: of its lowest four bits, or of those `number` codes above.
-    fn e2m1(vectors: V, codes: V::Words, number: u32) -> Self::Vector;
     /// The products of two vectors added to sums.
     fn mul_add(vectors: V, a: Self::Vector, b: Self::Vector, sums: V::Floats) -> V::Floats;
 }
@@ -50,11 +48,6 @@ impl<V: Vectors> Operand<V> for [f32; 16] {
     #[inline(always)]
     fn load(&self, vectors: V) -> V::Floats {
         vectors.load_f32(self)
-    }
-
-    #[inline(always)]
-    fn e2m1(vectors: V, codes: V::Words, number: u32) -> V::Floats {
-        vectors.e2m1(codes, 4 * number)
     }
 
     #[inline(always)]
@@ -81,11 +74,6 @@ impl<V: Vectors> Operand<V> for [u16; 32] {
     #[inline(always)]
     fn load(&self, vectors: V) -> V::Words {
         vectors.load(zerocopy::transmute_ref!(self))
-    }
-
-    #[inline(always)]
-    fn e2m1(vectors: V, codes: V::Words, number: u32) -> V::Words {
-        vectors.e2m1_bf16(codes, 4 * number)
     }
 
     #[inline(always)]

@@ -5,16 +5,17 @@
 
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _MM_HINT_T0, _mm_add_ps, _mm_cvtsi32_si128, _mm_prefetch, _mm256_add_epi32,
-    _mm256_add_ps, _mm256_and_si256, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmpeq_epi32,
-    _mm256_cvtps_epi32, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_max_epi32, _mm256_max_ps, _mm256_min_ps,
-    _mm256_mul_ps, _mm256_or_si256, _mm256_permute2x128_si256, _mm256_permutevar8x32_epi32, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi32,
-    _mm256_sub_epi32, _mm256_unpackhi_epi32, _mm256_unpackhi_epi64, _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
+    _mm256_add_ps, _mm256_and_si256, _mm256_blendv_epi8, _mm256_castps256_ps128, _mm256_castsi256_ps,
+    _mm256_cmpeq_epi32, _mm256_cvtps_epi32, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_max_epi32, _mm256_max_ps,
+    _mm256_min_ps, _mm256_mul_ps, _mm256_or_si256, _mm256_permute2x128_si256, _mm256_permutevar8x32_epi32,
+    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_epi8,
+    _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi32, _mm256_srli_epi16, _mm256_sub_epi32,
+    _mm256_unpackhi_epi32, _mm256_unpackhi_epi64, _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
 };
 
 use zerocopy::transmute;
 
-use super::plain::Plain;
+use super::plain::{E2M1_BYTES, Plain};
 use super::vectors::Vectors;
 use crate::mxfp4::E2M1;
 
@@ -128,6 +129,12 @@ impl Vectors for Avx2 {
     fn e2m1(self, codes: [__m256i; 2], shift: u32) -> [__m256; 2] {
         // No closures: they would not be compiled for these vectors.
         [e2m1(codes[0], shift), e2m1(codes[1], shift)]
+    }
+
+    #[inline(always)]
+    fn e2m1_pair(self, codes: [__m256i; 2], number: u32) -> [[__m256; 2]; 2] {
+        let values = [e2m1_bf16(codes[0], number), e2m1_bf16(codes[1], number)];
+        [self.bf16_even(values), self.bf16_odd(values)]
     }
 
     /// Not used: bfloat16 is converted to f32.
@@ -254,6 +261,23 @@ fn e2m1(codes: __m256i, shift: u32) -> __m256 {
         let magnitude = _mm256_permutevar8x32_epi32(transmute!(MAGNITUDES), shifted);
         let sign = _mm256_and_si256(_mm256_slli_epi32::<28>(shifted), _mm256_set1_epi32(i32::MIN));
         _mm256_castsi256_ps(_mm256_or_si256(magnitude, sign))
+    }
+}
+
+/// As bfloat16 the values of the codes in bits 4 `number` .. of each 16-bit lane, `number` below 4.
+#[inline(always)]
+fn e2m1_bf16(codes: __m256i, number: u32) -> __m256i {
+    // SAFETY: as above.
+    unsafe {
+        let nibbles = _mm256_and_si256(_mm256_srl_epi32(codes, count(number % 2 * 4)), _mm256_set1_epi8(0xf));
+        let low = _mm256_shuffle_epi8(transmute!([E2M1_BYTES[0]; 2]), nibbles);
+        let high = _mm256_shuffle_epi8(transmute!([E2M1_BYTES[1]; 2]), nibbles);
+        let is_high = _mm256_set1_epi16(-1 << 8);
+        if number < 2 {
+            _mm256_blendv_epi8(low, _mm256_slli_epi16::<8>(high), is_high)
+        } else {
+            _mm256_blendv_epi8(_mm256_srli_epi16::<8>(low), high, is_high)
+        }
     }
 }
 

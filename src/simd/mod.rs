@@ -8,6 +8,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod exp;
+#[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+mod neon;
 mod plain;
 mod vectors;
 
@@ -33,6 +35,8 @@ pub struct Level(Instructions);
 enum Instructions {
     /// What every processor of the target has.
     Plain,
+    #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+    Neon,
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
@@ -60,6 +64,9 @@ impl Level {
                 (false, _) => Instructions::Avx2,
             });
         }
+        #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+        return Self(Instructions::Neon);
+        #[cfg(not(all(target_arch = "aarch64", target_endian = "little")))]
         Self::PLAIN
     }
 
@@ -68,6 +75,8 @@ impl Level {
     pub fn all() -> Vec<Self> {
         let levels = [
             Instructions::Plain,
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Instructions::Neon,
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx2,
             #[cfg(target_arch = "x86_64")]
@@ -86,10 +95,11 @@ impl Level {
 
     /// Whether products of bfloat16 are one instruction.
     pub(crate) fn has_bf16_dot(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return self.0 == Instructions::Avx512Bf16;
-        #[cfg(not(target_arch = "x86_64"))]
-        false
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Avx512Bf16 => true,
+            _ => false,
+        }
     }
 
     /// Runs a kernel with these instructions.
@@ -97,6 +107,8 @@ impl Level {
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self.0 {
             Instructions::Plain => kernel.run(),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Instructions::Neon => kernel.run(),
             // SAFETY: only `best` and `all` make this level, after detecting AVX2 and FMA.
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx2 => unsafe { run_avx2(kernel) },
@@ -114,6 +126,8 @@ impl Level {
     pub(crate) fn run_vectors<K: VectorKernel>(self, kernel: K) -> K::Output {
         match self.0 {
             Instructions::Plain => kernel.run(Plain),
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Instructions::Neon => kernel.run(neon::Neon),
             // SAFETY: only `best` and `all` make this level, after detecting all that these functions enable and that
             // the vectors ask for.
             #[cfg(target_arch = "x86_64")]
@@ -146,6 +160,8 @@ impl fmt::Display for Level {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self.0 {
             Instructions::Plain => "plain",
+            #[cfg(all(target_arch = "aarch64", target_endian = "little"))]
+            Instructions::Neon => "NEON",
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx2 => "AVX2",
             #[cfg(target_arch = "x86_64")]

@@ -3,6 +3,21 @@
 use super::Vectors;
 use crate::mxfp4::E2M1;
 
+/// The low and the high bytes of the sixteen values as bfloat16, for instructions that look up bytes.
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    expect(dead_code, reason = "no such instructions")
+)]
+pub(super) const E2M1_BYTES: [[u8; 16]; 2] = {
+    let mut bytes = [[0; 16]; 2];
+    let mut code = 0;
+    while code < 16 {
+        [_, _, bytes[0][code], bytes[1][code]] = E2M1[code].to_bits().to_le_bytes();
+        code += 1;
+    }
+    bytes
+};
+
 /// Arrays.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Plain;
@@ -10,7 +25,7 @@ pub(crate) struct Plain;
 impl Vectors for Plain {
     type Floats = [f32; 16];
     type Words = [u32; 16];
-    const HAS_MANY_REGISTERS: bool = cfg!(target_arch = "aarch64");
+    const HAS_MANY_REGISTERS: bool = false;
 
     #[inline(always)]
     fn zero(self) -> [f32; 16] {

@@ -59,6 +59,11 @@ pub(crate) trait Vectors: Copy {
 
     /// Values of the E2M1 codes in bits `shift` .. `shift` + 4 of each 32-bit lane.
     fn e2m1(self, codes: Self::Words, shift: u32) -> Self::Floats;
+    /// Values of the E2M1 codes in bits 4 `number` .. of both halves of each lane, `number` below 4.
+    #[inline(always)]
+    fn e2m1_pair(self, codes: Self::Words, number: u32) -> [Self::Floats; 2] {
+        [self.e2m1(codes, 4 * number), self.e2m1(codes, 4 * number + 16)]
+    }
     /// Values of the E2M1 codes in bits `shift` .. `shift` + 4 of each 16-bit lane, as bfloat16.
     fn e2m1_bf16(self, codes: Self::Words, shift: u32) -> Self::Words;
     /// The factors of the scale bytes in bits `shift` .. `shift` + 8 of each lane: 2^(byte − 127), and NaN for 255.
