@@ -1,7 +1,8 @@
-//! Kernels for CPUs: products with MXFP4 and bfloat16 matrices at the speed of the memory.
+//! Kernels for CPUs: products with MXFP4 and bfloat16 matrices, and attention, at the speed of the memory.
 //!
 //! They know slices and [`Threads`], and nothing of JAX or Python; [`ffi`](crate::ffi) is how XLA calls them.
 
+mod attention;
 mod experts;
 mod floats;
 mod grouping;
@@ -11,6 +12,7 @@ mod packed;
 mod product;
 mod threads;
 
+pub use attention::{Attention, attention};
 pub use experts::{ELSEWHERE, Experts, expert_linear, moe};
 pub use floats::{Floats, FloatsMut};
 pub use linear::linear;
