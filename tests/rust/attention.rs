@@ -200,7 +200,10 @@ impl Case {
                         let (found, expected, bound) = (f64::from(found[dim]), expected[dim], bound[dim]);
                         let is_right = (found - expected).abs() <= bound || found.is_nan() && expected.is_nan();
                         let place = format!("row {row}, query {query}, head {head}, {dim}");
-                        assert!(is_right, "{what}, {level}, {threads} threads, {place}: {found} for {expected}, {bound}");
+                        assert!(
+                            is_right,
+                            "{what}, {level}, {threads} threads, {place}: {found} for {expected}, {bound}"
+                        );
                     }
                 }
             }
@@ -218,7 +221,9 @@ fn results_are_those_of_float64_whatever_the_sizes() {
             for heads in [[3, 3], [14, 2], [8, 1]] {
                 let dtypes = [random.below(2) == 0, random.below(2) == 0, random.below(2) == 0];
                 let case = Case::new(random, [queries, keys], [heads[0], heads[1], head_dim], dtypes);
-                case.assert_right(&format!("{queries} queries, {keys} keys, heads {heads:?} of {head_dim}, {dtypes:?}"));
+                case.assert_right(&format!(
+                    "{queries} queries, {keys} keys, heads {heads:?} of {head_dim}, {dtypes:?}"
+                ));
             }
         }
     }
@@ -352,7 +357,8 @@ fn a_query_that_sees_nothing_is_zero() {
             }
         }
         case.assert_right("some see nothing");
-        let none = Case { keys: 0, key: random.array(0, true), value: random.array(0, true), key_positions: vec![], ..case };
+        let none =
+            Case { keys: 0, key: random.array(0, true), value: random.array(0, true), key_positions: vec![], ..case };
         assert!(none.run(Level::best(), 2).iter().all(|value| *value == 0.0));
     }
 }

@@ -1,6 +1,6 @@
 //! Attention of grouped queries: each reads the keys and values that it sees from memory once, block by block.
 //!
-//! All query heads of a key head and some tokens make a tile. A block of keys is turned and widened into buffers that
+//! Some tokens and the query heads of a key head make a tile, or of several key heads if tokens are few. A block of keys is turned and widened into buffers that
 //! stay in the cache, and all rows of the tile are worked on with them: scores, the part of the softmax that is known by
 //! now, and the mix of values. Blocks that no query of a tile sees are left out, wherever they stand.
 //!
@@ -20,11 +20,8 @@ use super::floats::{Floats, FloatsMut};
 use super::threads::{Threads, for_each};
 use crate::simd::Level;
 
-/// Rows of queries, tokens times heads of a group, in one tile: what is known of them takes 64 KB for heads of 64.
+/// Rows of queries, tokens times heads, in one tile: what is known of them takes 64 KB for heads of 64.
 const ROWS_OF_TILE: usize = 256;
-
-/// Blocks of keys that are worth a task.
-const BLOCKS_OF_TASK: usize = 4;
 
 /// The arrays of an attention and its constants.
 #[derive(Debug, Clone, Copy)]
@@ -113,7 +110,7 @@ pub fn attention(level: Level, threads: &dyn Threads, inputs: &Attention<'_>, ou
         rows.flat_map(|row| row.chunks(KEYS).map(Span::of_keys)).collect()
     };
     let tiles = tiles(inputs, &spans, out);
-    let parts = (2 * threads.count()).div_ceil(tiles.len()).min(inputs.keys().div_ceil(KEYS * BLOCKS_OF_TASK)).max(1);
+    let parts = (2 * threads.count()).div_ceil(tiles.len()).min(inputs.keys().div_ceil(KEYS)).max(1);
     if parts == 1 {
         for_each(threads, tiles, &|(tile, mut out)| {
             let state = level.run_vectors(tile.part(0, 1));
@@ -132,22 +129,25 @@ pub fn attention(level: Level, threads: &dyn Threads, inputs: &Attention<'_>, ou
     });
 }
 
-/// All tiles, each with its results: for each of its tokens those of its group's heads.
+/// All tiles, each with its results: for each of its heads of keys and each of its tokens those of the group's heads.
 fn tiles<'a>(inputs: &'a Attention<'a>, spans: &'a [Span], out: FloatsMut<'a>) -> Vec<(Tile<'a>, Vec<FloatsMut<'a>>)> {
-    let tokens_of_tile = (ROWS_OF_TILE / inputs.heads_of_group()).max(1);
-    let blocks = spans.len() / inputs.batch;
+    let (queries, groups, blocks) = (inputs.queries(), inputs.key_heads, spans.len() / inputs.batch);
+    let tokens_of_tile = (ROWS_OF_TILE / inputs.heads_of_group()).clamp(1, queries);
+    let groups_of_tile = (ROWS_OF_TILE / (inputs.heads_of_group() * tokens_of_tile)).clamp(1, groups);
+    let mut out: Vec<Option<FloatsMut<'_>>> =
+        out.chunks(inputs.heads_of_group() * inputs.head_dim).into_iter().map(Some).collect();
     let mut tiles = Vec::new();
-    let mut out = out.chunks(inputs.heads_of_group() * inputs.head_dim).into_iter();
     for row in 0..inputs.batch {
-        for start in (0..inputs.queries()).step_by(tokens_of_tile) {
-            let tokens: Range<usize> = start..inputs.queries().min(start + tokens_of_tile);
-            let first = tiles.len();
-            for group in 0..inputs.key_heads {
-                let tile = Tile::new(inputs, &spans[row * blocks..(row + 1) * blocks], row, group, tokens.clone());
-                tiles.push((tile, Vec::with_capacity(tokens.len())));
-            }
-            for (number, out) in out.by_ref().take(tokens.len() * inputs.key_heads).enumerate() {
-                tiles[first + number % inputs.key_heads].1.push(out);
+        let spans = &spans[row * blocks..(row + 1) * blocks];
+        for start in (0..queries).step_by(tokens_of_tile) {
+            let tokens: Range<usize> = start..queries.min(start + tokens_of_tile);
+            for first in (0..groups).step_by(groups_of_tile) {
+                let groups_of_tile = first..groups.min(first + groups_of_tile);
+                let places = groups_of_tile
+                    .clone()
+                    .flat_map(|group| tokens.clone().map(move |token| (row * queries + token) * groups + group));
+                let out = places.map(|place| out[place].take().expect("each is of one tile")).collect();
+                tiles.push((Tile { inputs, spans, row, groups: groups_of_tile, tokens: tokens.clone() }, out));
             }
         }
     }

@@ -11,65 +11,68 @@ use crate::simd::{Level, VectorKernel, Vectors, exp};
 /// Rows of queries whose sums are in registers at once.
 const ROWS: usize = 4;
 
-/// Tokens of one row of the batch, with the query heads that share a head of keys.
+/// Tokens of one row of the batch, with the query heads that share some heads of keys.
 #[derive(Debug)]
 pub(super) struct Tile<'a> {
-    inputs: &'a Attention<'a>,
+    pub(super) inputs: &'a Attention<'a>,
     /// Of each block of the row's keys.
-    spans: &'a [Span],
-    row: usize,
-    group: usize,
-    tokens: Range<usize>,
+    pub(super) spans: &'a [Span],
+    /// Of the batch.
+    pub(super) row: usize,
+    /// Heads of keys.
+    pub(super) groups: Range<usize>,
+    pub(super) tokens: Range<usize>,
 }
 
 impl<'a> Tile<'a> {
-    pub(super) fn new(
-        inputs: &'a Attention<'a>,
-        spans: &'a [Span],
-        row: usize,
-        group: usize,
-        tokens: Range<usize>,
-    ) -> Self {
-        Self { inputs, spans, row, group, tokens }
-    }
-
     /// The work on one of `parts` equal parts of the blocks that the tile sees.
     pub(super) fn part(&self, part: usize, parts: usize) -> Part<'_> {
         Part { tile: self, part, parts }
     }
 
-    /// What each token sees.
-    fn seen(&self) -> impl Iterator<Item = Span> {
+    /// Rows of queries that a group has.
+    fn rows(&self) -> usize {
+        self.tokens.len() * self.inputs.heads_of_group()
+    }
+
+    /// The same with rows that see nothing, which make them a multiple of [`ROWS`].
+    fn padded_rows(&self) -> usize {
+        self.rows().next_multiple_of(ROWS)
+    }
+
+    /// What the rows of a group see.
+    fn seen(&self) -> Vec<Span> {
         let first = self.row * self.inputs.queries();
         let positions = &self.inputs.query_positions[first + self.tokens.start..first + self.tokens.end];
-        positions.iter().map(|position| self.inputs.seen_from(*position))
-    }
-
-    /// Its head of keys or values.
-    fn rows_of(&self, all: Floats<'a>) -> Rows<'a> {
-        let (stride, head_dim) = (self.inputs.key_heads * self.inputs.head_dim, self.inputs.head_dim);
-        let first = self.row * self.inputs.keys() * stride + self.group * head_dim;
-        Rows { values: all.from(first), stride, head_dim }
-    }
-
-    /// Rows of queries, scaled, and what each sees; the last ones, which make them a multiple of [`ROWS`], nothing.
-    #[inline(always)]
-    fn queries(&self) -> (Vec<f32>, Vec<Span>) {
-        let (heads, head_dim, scale) = (self.inputs.heads_of_group(), self.inputs.head_dim, self.inputs.scale);
-        let rows = (self.tokens.len() * heads).next_multiple_of(ROWS);
-        let (mut queries, mut seen) = (vec![0.0; rows * head_dim], vec![Span::NOTHING; rows]);
-        for (span, seen) in zip(self.seen(), seen.chunks_mut(heads)) {
-            seen.fill(span);
+        let mut seen = vec![Span::NOTHING; self.padded_rows()];
+        for (position, seen) in zip(positions, seen.chunks_mut(self.inputs.heads_of_group())) {
+            seen.fill(self.inputs.seen_from(*position));
         }
-        for (token, out) in zip(self.tokens.clone(), queries.chunks_mut(heads * head_dim)) {
-            let first =
-                ((self.row * self.inputs.queries() + token) * self.inputs.heads + self.group * heads) * head_dim;
-            match self.inputs.query.from(first) {
-                Floats::Bf16(values) => zip(out, values).for_each(|(out, value)| *out = from_bf16(*value) * scale),
-                Floats::F32(values) => zip(out, values).for_each(|(out, value)| *out = value * scale),
+        seen
+    }
+
+    /// Rows of queries, scaled, of all groups.
+    #[inline(always)]
+    fn queries(&self) -> Vec<f32> {
+        let (heads, head_dim, scale) = (self.inputs.heads_of_group(), self.inputs.head_dim, self.inputs.scale);
+        let mut queries = vec![0.0; self.groups.len() * self.padded_rows() * head_dim];
+        for (group, out) in zip(self.groups.clone(), queries.chunks_mut(self.padded_rows() * head_dim)) {
+            for (token, out) in zip(self.tokens.clone(), out.chunks_mut(heads * head_dim)) {
+                let token = self.row * self.inputs.queries() + token;
+                match self.inputs.query.from((token * self.inputs.heads + group * heads) * head_dim) {
+                    Floats::Bf16(values) => zip(out, values).for_each(|(out, value)| *out = from_bf16(*value) * scale),
+                    Floats::F32(values) => zip(out, values).for_each(|(out, value)| *out = value * scale),
+                }
             }
         }
-        (queries, seen)
+        queries
+    }
+
+    /// A head of the keys or the values.
+    fn rows_of(&self, all: Floats<'a>, group: usize) -> Rows<'a> {
+        let (stride, head_dim) = (self.inputs.key_heads * self.inputs.head_dim, self.inputs.head_dim);
+        let first = self.row * self.inputs.keys() * stride + group * head_dim;
+        Rows { values: all.from(first), stride, head_dim }
     }
 }
 
@@ -86,19 +89,22 @@ impl VectorKernel for Part<'_> {
     #[inline(always)]
     fn run<V: Vectors>(self, vectors: V) -> State {
         let Self { tile, part, parts } = self;
-        let (queries, seen) = tile.queries();
+        let inputs = tile.inputs;
+        let (queries, seen) = (tile.queries(), tile.seen());
         // The sink is a score of one part alone.
-        let mut state = State::new(tile, seen.len(), part == 0);
+        let mut state = State::new(tile, part == 0);
         let all = seen.iter().copied().fold(Span::NOTHING, Span::and);
         let blocks: Vec<usize> = (0..tile.spans.len()).filter(|block| tile.spans[*block].meets(all)).collect();
         let blocks = &blocks[blocks.len() * part / parts..blocks.len() * (part + 1) / parts];
-        let (keys, values) = (tile.rows_of(tile.inputs.key), tile.rows_of(tile.inputs.value));
-        let first = tile.row * tile.inputs.keys();
-        let positions = &tile.inputs.key_positions[first..first + tile.inputs.keys()];
+        let positions = &inputs.key_positions[tile.row * inputs.keys()..(tile.row + 1) * inputs.keys()];
         let mut block = Block::new();
         for &number in blocks {
-            block.read(vectors, keys, values, positions, number * KEYS);
-            state.see(vectors, &queries, &seen, &block, tile.spans[number]);
+            // All heads of a block, for they stand side by side.
+            for (place, group) in tile.groups.clone().enumerate() {
+                let (keys, values) = (tile.rows_of(inputs.key, group), tile.rows_of(inputs.value, group));
+                block.read(vectors, keys, values, positions, number * KEYS);
+                state.see(vectors, place, &queries, &seen, &block, tile.spans[number]);
+            }
         }
         state
     }
@@ -108,6 +114,11 @@ impl VectorKernel for Part<'_> {
 pub(super) struct State {
     /// D.
     head_dim: usize,
+    /// Rows of a group, without and with those that see nothing.
+    rows: usize,
+    padded_rows: usize,
+    /// Vectors of values in a row.
+    width: usize,
     /// Of each row the largest score so far; −∞ before any.
     largest: Vec<f32>,
     /// Of each row the sum of e^(score − largest), in 16 parts.
@@ -124,16 +135,19 @@ fn base(largest: f32) -> f32 {
 
 impl State {
     /// Before any block; with the sinks or without.
-    fn new(tile: &Tile<'_>, rows: usize, has_sinks: bool) -> Self {
-        let inputs = tile.inputs;
-        let mut largest = vec![f32::NEG_INFINITY; rows];
-        let mut totals = vec![[0.0; 16]; rows];
-        let heads = inputs.heads_of_group();
+    fn new(tile: &Tile<'_>, has_sinks: bool) -> Self {
+        let (inputs, rows) = (tile.inputs, tile.padded_rows());
+        let mut largest = vec![f32::NEG_INFINITY; tile.groups.len() * rows];
+        let mut totals = vec![[0.0; 16]; tile.groups.len() * rows];
         if let Some(sinks) = inputs.sinks.filter(|_| has_sinks) {
-            for (row, (largest, total)) in zip(&mut largest, &mut totals).enumerate().take(tile.tokens.len() * heads) {
-                *largest = sinks.get(tile.group * heads + row % heads);
-                // e^0, or NaN if the sink is infinite or NaN.
-                total[0] = if *largest == f32::NEG_INFINITY { 0.0 } else { *largest - *largest + 1.0 };
+            let heads = inputs.heads_of_group();
+            for (place, group) in tile.groups.clone().enumerate() {
+                for row in 0..tile.rows() {
+                    let sink = sinks.get(group * heads + row % heads);
+                    largest[place * rows + row] = sink;
+                    // e^0, or NaN if the sink is infinite or NaN.
+                    totals[place * rows + row][0] = if sink == f32::NEG_INFINITY { 0.0 } else { sink - sink + 1.0 };
+                }
             }
         }
         // As many vectors as the values of a block are widened to.
@@ -141,28 +155,28 @@ impl State {
             Floats::Bf16(_) => 2 * inputs.head_dim.div_ceil(32),
             Floats::F32(_) => inputs.head_dim.div_ceil(16),
         };
-        Self { head_dim: inputs.head_dim, largest, totals, mixed: vec![[0.0; 16]; rows * width] }
+        let mixed = vec![[0.0; 16]; largest.len() * width];
+        Self { head_dim: inputs.head_dim, rows: tile.rows(), padded_rows: rows, width, largest, totals, mixed }
     }
 
-    /// Adds a block, whose keys are at positions of `span`.
+    /// Adds a block, whose keys are at positions of `span`, to what the rows of a group know.
     #[inline(always)]
-    fn see<V: Vectors>(&mut self, vectors: V, queries: &[f32], seen: &[Span], block: &Block, span: Span) {
-        let width = self.mixed.len() / self.largest.len();
-        let rows = zip(queries.chunks_exact(ROWS * self.head_dim), seen.as_chunks::<ROWS>().0);
-        let known = zip(self.largest.as_chunks_mut::<ROWS>().0, self.totals.as_chunks_mut::<ROWS>().0);
-        for ((queries, seen), ((largest, totals), mixed)) in
-            rows.zip(known.zip(self.mixed.chunks_exact_mut(ROWS * width)))
-        {
+    fn see<V: Vectors>(&mut self, vectors: V, group: usize, queries: &[f32], seen: &[Span], block: &Block, span: Span) {
+        let (width, length) = (self.width, self.head_dim);
+        for (first, seen) in (group * self.padded_rows..).step_by(ROWS).zip(seen.as_chunks::<ROWS>().0) {
             if !seen.iter().any(|seen| seen.meets(span)) {
                 continue;
             }
+            let queries = &queries[first * length..(first + ROWS) * length];
+            let mixed = &mut self.mixed[first * width..(first + ROWS) * width];
             let scores = scores(vectors, queries, block);
             let mut shares = [[[0.0; 16]; VECTORS]; ROWS];
             let mut factors = [vectors.zero(); ROWS];
             for row in 0..ROWS {
                 let is_whole = block.is_full && seen[row].holds(span);
                 let scores = if is_whole { scores[row] } else { hide(vectors, scores[row], seen[row], block) };
-                (shares[row], factors[row]) = softmax(vectors, scores, &mut largest[row], &mut totals[row]);
+                (shares[row], factors[row]) =
+                    softmax(vectors, scores, &mut self.largest[first + row], &mut self.totals[first + row]);
             }
             let shares = [0, 1, 2, 3].map(|row: usize| shares[row].as_flattened());
             for first in (0..width).step_by(4) {
@@ -278,7 +292,7 @@ fn multiply<V: Vectors, const N: usize>(
     sums
 }
 
-/// Writes what rows know from several parts of their keys: for each token the values of its heads.
+/// Writes what rows know from several parts of their keys: for each group and each token the values of its heads.
 pub(super) fn write(level: Level, parts: &[State], out: &mut [FloatsMut<'_>]) {
     level.run_vectors(Write { parts, out });
 }
@@ -293,12 +307,12 @@ impl VectorKernel for Write<'_, '_> {
 
     #[inline(always)]
     fn run<V: Vectors>(self, vectors: V) {
-        let head_dim = self.parts[0].head_dim;
-        let mut row = 0;
+        let State { head_dim, rows, padded_rows, .. } = self.parts[0];
         let mut mixed = vec![0.0; head_dim];
+        let mut row = 0;
         for out in self.out {
             for mut out in out.reborrow().chunks(head_dim) {
-                merge(vectors, self.parts, row, &mut mixed);
+                merge(vectors, self.parts, row / rows * padded_rows + row % rows, &mut mixed);
                 out.copy_from(mixed.iter().copied());
                 row += 1;
             }
@@ -315,8 +329,7 @@ fn merge<V: Vectors>(vectors: V, parts: &[State], row: usize, out: &mut [f32]) {
     for part in parts {
         let factor = (part.largest[row] - base(largest)).exp();
         total = vectors.mul_add(vectors.load_f32(&part.totals[row]), vectors.splat(factor), total);
-        let width = part.mixed.len() / part.largest.len();
-        let mixed = &part.mixed[row * width..(row + 1) * width];
+        let mixed = &part.mixed[row * part.width..(row + 1) * part.width];
         zip(&mut *out, mixed.as_flattened()).for_each(|(out, mixed)| *out += mixed * factor);
     }
     let total = vectors.sum(total);
