@@ -52,5 +52,6 @@ pub const TARGETS: &[Target] = &[
     Target::of::<handlers::Mxfp4ExpertMatmul>(),
     Target::of::<handlers::Mxfp4Moe>(),
     Target::of::<handlers::DenseMoe>(),
+    Target::of::<handlers::GroupedAttention>(),
     Target::of::<probe::Probe>(),
 ];

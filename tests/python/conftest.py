@@ -81,6 +81,7 @@ OPS_WITH_NATIVE = (
     "test_mxfp4_moe",
     "test_dense_linear",
     "test_dense_moe",
+    "test_attention",
 )
 
 
