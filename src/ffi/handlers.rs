@@ -4,7 +4,9 @@ use super::buffer::{Buffer, BufferMut, DType};
 use super::call::Call;
 use super::entry::Handler;
 use super::error::{FfiError, Result};
-use crate::kernels::{Attention, Experts, Floats, FloatsMut, Matrix, attention, expert_linear, linear, moe};
+use crate::kernels::{
+    Attention, Experts, Floats, FloatsMut, Matrix, attention, expert_linear, linear, moe, write_slots,
+};
 use crate::mxfp4::BLOCK_BYTES;
 use crate::simd::Level;
 
@@ -146,6 +148,31 @@ impl Handler for GroupedAttention {
             window: (window > 0).then(|| u32::try_from(window).unwrap_or(u32::MAX)),
         };
         attention(Level::best(), &call.threads(), &inputs, floats_mut(out)?);
+        Ok(())
+    }
+}
+
+/// `tensorport.v1.write_slots`: array [B, S, G, D], rows [B, T, G, D] in its dtype, int32 slots [B, T] -> the array, in
+/// place.
+pub struct WriteSlots;
+
+impl Handler for WriteSlots {
+    const NAME: &'static str = "tensorport.v1.write_slots";
+    const IS_IN_PLACE: bool = true;
+
+    fn run(call: &mut Call<'_>) -> Result<()> {
+        if call.arg_count() != 3 {
+            return Err(FfiError::invalid_argument("number of arguments", call.arg_count(), 3));
+        }
+        let (rows, slots) = (call.arg(1)?, call.arg(2)?);
+        let [out] = call.results()?;
+        let ([batch, _, heads, head_dim], [_, tokens, ..]) = (out.shape()?, rows.shape::<4>()?);
+        expect_shape("rows", rows.shape()?, [batch, tokens, heads, head_dim])?;
+        expect_shape("slots", slots.shape()?, [batch, tokens])?;
+        if rows.dtype() != out.dtype() {
+            return Err(FfiError::invalid_argument("rows", rows.dtype(), out.dtype()));
+        }
+        write_slots(floats_mut(out)?, floats(&rows)?, slots.slice()?, batch);
         Ok(())
     }
 }

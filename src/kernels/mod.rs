@@ -10,6 +10,7 @@ mod linear;
 mod matrix;
 mod packed;
 mod product;
+mod slots;
 mod threads;
 
 pub use attention::{Attention, attention};
@@ -17,4 +18,5 @@ pub use experts::{ELSEWHERE, Experts, expert_linear, moe};
 pub use floats::{Floats, FloatsMut};
 pub use linear::linear;
 pub use matrix::{Format, Matrix};
+pub use slots::write_slots;
 pub use threads::{ScopedThreads, Threads, for_each};

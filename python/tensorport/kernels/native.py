@@ -89,6 +89,7 @@ def call(
     target: str,
     results: jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct],
     *args: jax.Array,
+    in_place: bool = False,
     **attributes: int | float | np.generic,
 ) -> Any:
     """Has a native kernel compute within a program that XLA compiles for CPU.
@@ -103,6 +104,8 @@ def call(
         target: the kernel's name, such as `tensorport.v1.probe`.
         results: what it computes: one, or several.
         args: its arrays.
+        in_place: whether the first result is the first of these with changes, in its memory. XLA copies the argument
+            first where something else needs it.
         attributes: NumPy scalars go as they are, an int as int32, a float as float32.
 
     Returns:
@@ -119,7 +122,9 @@ def call(
     scalars = {name: _scalar(name, value) for name, value in attributes.items()}
     # JAX wants the arguments to differ alike between devices, and takes results for the same on all.
     args = vary_alike(args)
-    computed = jax.ffi.ffi_call(target, results, vmap_method="sequential")(*args, **scalars)
+    aliases = {0: 0} if in_place else None
+    function = jax.ffi.ffi_call(target, results, vmap_method="sequential", input_output_aliases=aliases)
+    computed = function(*args, **scalars)
     return vary_alike((args, computed))[1]
 
 

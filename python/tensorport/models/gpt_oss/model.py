@@ -225,7 +225,7 @@ def attend(  # noqa: PLR0917 - as above
     if cache is None:
         keys, values, key_positions = key, value, positions
     else:
-        before, cache = cache, cache.write(key, value, positions, lengths)
+        before, cache = cache, cache.write(key, value, positions, lengths, implementation=implementation)
         keys, values, key_positions = cache.keys, cache.values, cache.positions(lengths)
         if sliding_window is not None and key.shape[1] > 1:
             # Tokens have overwritten in the ring what those before them still see.

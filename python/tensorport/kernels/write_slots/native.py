@@ -1,0 +1,26 @@
+"""write_slots in Rust, on CPU: in the array's memory, where nothing else needs what was there."""
+
+import jax
+from jaxtyping import Array, Float, Int32
+
+from tensorport.kernels import native
+from tensorport.kernels.write_slots import xla
+
+__all__ = ["write_slots"]
+
+
+@jax.custom_jvp
+def write_slots(
+    array: Float[Array, "b s g d"], rows: Float[Array, "b t g d"], slots: Int32[Array, "b t"]
+) -> Float[Array, "b s g d"]:
+    """The array with the rows in their slots; derivatives by the implementation `xla`."""
+    result = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    out: Array = native.call("tensorport.v1.write_slots", result, array, rows, slots, in_place=True)
+    return out
+
+
+@write_slots.defjvp
+def _write_slots_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    array, rows, slots = primals
+    tangent = xla.write_slots(tangents[0], tangents[1], slots)
+    return write_slots(array, rows, slots), tangent
