@@ -22,5 +22,5 @@ def write_slots(
 @write_slots.defjvp
 def _write_slots_jvp(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
     array, rows, slots = primals
-    tangent = xla.write_slots(tangents[0], tangents[1], slots)
+    _, tangent = jax.jvp(lambda array, rows: xla.write_slots(array, rows, slots), (array, rows), tangents[:2])
     return write_slots(array, rows, slots), tangent
