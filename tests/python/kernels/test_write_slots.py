@@ -42,9 +42,7 @@ def test_rows_are_in_their_slots_and_the_rest_is_as_it_was(dtype: str) -> None:
 def test_rows_are_rounded_to_the_dtype_of_the_array() -> None:
     array, _, slots = inputs()
     rows = random_array(B, T, G, D, dtype=jnp.float32, seed=2)
-    np.testing.assert_array_equal(
-        write_slots(array, rows, slots), expected(array, rows.astype(jnp.bfloat16), slots)
-    )
+    np.testing.assert_array_equal(write_slots(array, rows, slots), expected(array, rows.astype(jnp.bfloat16), slots))
 
 
 def test_what_is_needed_later_stays() -> None:

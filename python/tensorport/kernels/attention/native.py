@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
@@ -51,8 +50,8 @@ def _attention(  # noqa: PLR0917 - as above
     args = [query, key, value, query_positions, key_positions] + ([] if sinks is None else [native.as_float(sinks)])
     # No window is as wide as int32 goes: positions are.
     window = min(settings.sliding_window or 0, 2**31)
-    constants = {"scale": np.float32(settings.scale), "sliding_window": np.int64(window)}
-    out: Array = native.call("tensorport.v1.attention", result, *args, **constants)
+    scale = np.float32(settings.scale)
+    out: Array = native.call("tensorport.v1.attention", result, *args, scale=scale, sliding_window=np.int64(window))
     return out
 
 

@@ -39,8 +39,8 @@ def write_slots(
 ) -> Float[Array, "b s g d"]:
     """The array with rows in slots: what a cache of keys or values is after some tokens.
 
-    Rows for slots below 0 or at S and above are left out. The other slots of a row of the batch must differ: of rows for
-    the same one, any may stay.
+    Rows for slots below 0 or at S and above are left out. The other slots of a row of the batch must differ: of rows
+    for the same one, any may stay.
 
     Args:
         array: [B, S, G, D].

@@ -14,9 +14,7 @@ def write_slots(
     array: Float[Array, "b s g d"], rows: Float[Array, "b t g d"], slots: Int32[Array, "b t"]
 ) -> Float[Array, "b s g d"]:
     """The array with the rows in their slots; derivatives by the implementation `xla`."""
-    result = jax.ShapeDtypeStruct(array.shape, array.dtype)
-    out: Array = native.call("tensorport.v1.write_slots", result, array, rows, slots, in_place=True)
-    return out
+    return native.update("tensorport.v1.write_slots", array, rows, slots)
 
 
 @write_slots.defjvp
