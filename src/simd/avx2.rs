@@ -37,6 +37,8 @@ const MAGNITUDES: [f32; 8] = *E2M1.first_chunk().expect("there are sixteen value
 // SAFETY of all blocks below: a value of the type exists only where the processor has the instructions. None of them
 // touches memory, but `_mm_prefetch`, which reads nothing and takes any address.
 impl Vectors for Avx2 {
+    const HAS_MANY_REGISTERS: bool = false;
+
     type Floats = [__m256; 2];
     type Words = [__m256i; 2];
 

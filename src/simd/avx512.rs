@@ -69,6 +69,8 @@ const INTERLEAVE: [[u32; 16]; 2] = [
 // SAFETY of all blocks below: a value of the type exists only where the processor has the instructions. None of them
 // touches memory, but `_mm_prefetch`, which reads nothing and takes any address.
 impl<const BF16: bool> Vectors for Avx512<BF16> {
+    const HAS_MANY_REGISTERS: bool = true;
+
     type Floats = __m512;
     type Words = __m512i;
 

@@ -8,6 +8,8 @@ use crate::mxfp4::E2M1;
 pub(crate) struct Plain;
 
 impl Vectors for Plain {
+    const HAS_MANY_REGISTERS: bool = false;
+
     type Floats = [f32; 16];
     type Words = [u32; 16];
 

@@ -12,6 +12,9 @@ pub(crate) trait VectorKernel {
 ///
 /// All methods are `#[inline(always)]`, and mean something only within a function compiled for these instructions.
 pub(crate) trait Vectors: Copy {
+    /// Whether there are registers for sixteen sums, and what is added to them.
+    const HAS_MANY_REGISTERS: bool;
+
     /// Sixteen f32.
     type Floats: Copy;
     /// Sixteen integers of 32 bits, or thirty-two bfloat16.

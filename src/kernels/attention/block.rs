@@ -180,8 +180,8 @@ fn turn<V: Vectors, X: Stored<V, N>, const N: usize>(
                 let row = row_of(all, &rows, *position, first + lane);
                 *line = X::load(vectors, row, chunk, KEYS * rows.stride);
             }
-            let lanes = transpose(vectors, lines);
-            for (words, out) in lanes.into_iter().zip(out.chunks_exact_mut(N * VECTORS)) {
+            let turned = transpose(vectors, lines);
+            for (words, out) in turned.into_iter().zip(out.chunks_exact_mut(N * VECTORS)) {
                 let floats = X::of_lanes(vectors, words);
                 for n in 0..N {
                     out[n * VECTORS + place] = vectors.store_f32(floats[n]);

@@ -27,7 +27,7 @@ pub(super) struct Tile<'a> {
 impl<'a> Tile<'a> {
     /// The work on one of `parts` equal parts of the blocks that the tile sees.
     pub(super) fn part(&self, part: usize, parts: usize) -> Part<'_> {
-        Part { tile: self, part, parts }
+        Part { tile: self, number: part, of: parts }
     }
 
     /// Rows of queries that a group has.
@@ -79,8 +79,8 @@ impl<'a> Tile<'a> {
 /// A tile and some of the blocks that it sees.
 pub(super) struct Part<'a> {
     tile: &'a Tile<'a>,
-    part: usize,
-    parts: usize,
+    number: usize,
+    of: usize,
 }
 
 impl VectorKernel for Part<'_> {
@@ -88,7 +88,7 @@ impl VectorKernel for Part<'_> {
 
     #[inline(always)]
     fn run<V: Vectors>(self, vectors: V) -> State {
-        let Self { tile, part, parts } = self;
+        let Self { tile, number: part, of: parts } = self;
         let inputs = tile.inputs;
         let (queries, seen) = (tile.queries(), tile.seen());
         // The sink is a score of one part alone.
@@ -145,8 +145,8 @@ impl State {
                 for row in 0..tile.rows() {
                     let sink = sinks.get(group * heads + row % heads);
                     largest[place * rows + row] = sink;
-                    // e^0, or NaN if the sink is infinite or NaN.
-                    totals[place * rows + row][0] = if sink == f32::NEG_INFINITY { 0.0 } else { sink - sink + 1.0 };
+                    // 1; 0 for −∞, and NaN for what is no logit.
+                    totals[place * rows + row][0] = (sink - base(sink)).exp();
                 }
             }
         }
@@ -272,6 +272,33 @@ fn multiply<V: Vectors, const N: usize>(
     first: usize,
     sums: [[V::Floats; N]; ROWS],
 ) -> [[V::Floats; N]; ROWS] {
+    if V::HAS_MANY_REGISTERS {
+        return multiply_at_once(vectors, rows, matrix, columns, first, sums);
+    }
+    let mut sums = sums;
+    for n in 0..N {
+        let mut column = [[vectors.zero(); 1]; ROWS];
+        for row in 0..ROWS {
+            column[row] = [sums[row][n]];
+        }
+        let column = multiply_at_once(vectors, rows, matrix, columns, first + n, column);
+        for row in 0..ROWS {
+            [sums[row][n]] = column[row];
+        }
+    }
+    sums
+}
+
+/// As [`multiply`], with all sums in registers.
+#[inline(always)]
+fn multiply_at_once<V: Vectors, const N: usize>(
+    vectors: V,
+    rows: [&[f32]; ROWS],
+    matrix: &[[f32; 16]],
+    columns: usize,
+    first: usize,
+    sums: [[V::Floats; N]; ROWS],
+) -> [[V::Floats; N]; ROWS] {
     let length = rows[0].len();
     // Told once that all are as long, the compiler checks no index in the loop.
     let rows = rows.map(|row| &row[..length]);
@@ -334,6 +361,8 @@ fn merge<V: Vectors>(vectors: V, parts: &[State], row: usize, out: &mut [f32]) {
     }
     let total = vectors.sum(total);
     if total != 0.0 {
-        out.iter_mut().for_each(|out| *out /= total);
+        for out in out {
+            *out /= total;
+        }
     }
 }
