@@ -7,7 +7,8 @@ use super::floats::{Floats, FloatsMut};
 use super::grouping::{Group, group_by_expert, places, waves};
 use super::matrix::Matrix;
 use super::packed::Packed;
-use super::product::{Product, rows_of_task};
+use super::product::{Product, parts_of, rows_of_task};
+use super::swiglu::Swiglu;
 use super::threads::{Threads, for_each};
 use crate::simd::Level;
 
@@ -40,23 +41,19 @@ pub fn expert_linear(
     assert!(stack.rows() == experts * n && (experts == 0 || stack.columns() == k), "a matrix for each expert");
     let groups = group_by_expert(ids, experts, usize::MAX);
     let x = Packed::new(threads, x, k, stack.format(), level.has_bf16_dot());
-    // By expert, then row by row of its matrix, and of these the results for all rows that go to it.
     let mut sums = vec![0.0; groups.iter().map(|group| group.rows.len()).sum::<usize>() * n];
     for_each(threads, tasks(&groups, n, stack, 1, &mut sums), &|task: Task<'_>| {
         let first = task.group.expert * n;
-        let rows = first + task.rows.start..first + task.rows.end;
+        let rows = first + task.results.start..first + task.results.end;
         Product { matrix: stack, rows, x: &x, columns: &task.group.rows, out: task.out }.run(level);
     });
-    let mut value_at = vec![None; ids.len()];
-    for (group, place) in zip(&groups, places(&groups)) {
-        for (number, &row) in group.rows.iter().enumerate() {
-            value_at[row] = Some((place.start * n + number, group.rows.len()));
-        }
+    let mut parts = vec![None; ids.len()];
+    for (row, group_row) in zip(groups.iter().flat_map(|group| &group.rows), rows_of(&groups, n, stack, 1, &sums)) {
+        parts[*row] = Some(group_row);
     }
-    let rows = out.reborrow().chunks(n);
-    for_each(threads, zip(rows, value_at), &|(mut out, place)| match place {
-        Some((first, stride)) => out.copy_from((0..n).map(|row| sums[first + row * stride])),
-        None => out.copy_from(std::iter::repeat_n(f32::NAN, n)),
+    for_each(threads, zip(out.reborrow().chunks(n), parts), &|(mut out, parts)| match parts {
+        Some(parts) => out.write(parts.parts()),
+        None => out.fill_nan(),
     });
 }
 
@@ -77,15 +74,6 @@ pub struct Experts<'a> {
     pub limit: f32,
     /// Steepness of the sigmoid.
     pub alpha: f32,
-}
-
-impl Experts<'_> {
-    /// gate · sigmoid(alpha · gate) · (up + 1), both clamped; NaN stays NaN.
-    fn activation(&self, gate: f32, up: f32) -> f32 {
-        let gate = if gate > self.limit { self.limit } else { gate };
-        let up = up.clamp(-self.limit, self.limit);
-        gate / (1.0 + (-self.alpha * gate).exp()) * (up + 1.0)
-    }
 }
 
 /// The outputs of each token's experts, weighted and summed: x [T, H] -> [T, H].
@@ -121,28 +109,25 @@ pub fn moe(
 
     let groups = group_by_expert(indices, experts.count, ROWS_OF_WAVE);
     let x = Packed::new(threads, x, hidden, experts.gate_up.format(), level.has_bf16_dot());
-    // Row by row of `down`, and of these the sums for all tokens.
-    let mut sums = vec![0.0; hidden * tokens];
+    // One task's part of all tokens after the other.
+    let mut sums = vec![0.0; tokens * hidden];
+    let most = groups.iter().map(|group| group.rows.len()).max().unwrap_or(1);
+    let of_task = rows_of_task(&experts.down, most, k.min(groups.len()));
     for wave in waves(&groups, ROWS_OF_WAVE) {
         let inner = first_layer(level, threads, &x, k, wave, experts);
-        let rows_of_all = rows_of_task(&experts.down, wave.iter().map(|group| group.rows.len()).max().unwrap_or(1));
-        let rows_of_task = rows_of_all.div_ceil(wave.len());
-        for_each(threads, sums.chunks_mut(rows_of_task * tokens).enumerate(), &|(task, sums)| {
-            let first = task * rows_of_task;
+        for_each(threads, sums.chunks_mut(of_task * tokens).enumerate(), &|(task, sums)| {
+            let (first, count) = (task * of_task, sums.len() / tokens);
             for (group, place) in zip(wave, places(wave)) {
-                let rows = sums.len() / tokens;
                 let start = group.expert * hidden + first;
-                let mut products = vec![0.0; rows * group.rows.len()];
+                let mut products = vec![0.0; count * group.rows.len()];
                 let columns: Vec<usize> = place.collect();
-                let rows = start..start + rows;
-                let matrix = &experts.down;
+                let (matrix, rows) = (&experts.down, start..start + count);
                 Product { matrix, rows: rows.clone(), x: &inner, columns: &columns, out: &mut products }.run(level);
-                for ((row, sums), products) in
-                    zip(rows, sums.chunks_exact_mut(tokens)).zip(products.chunks_exact(columns.len()))
-                {
-                    let bias = experts.down_bias.get(row);
-                    for (product, &pair) in zip(products, &group.rows) {
-                        sums[pair / k] += (product + bias) * weights[pair];
+                let biases: Vec<f32> = rows.map(|row| experts.down_bias.get(row)).collect();
+                for (products, &pair) in zip(products.chunks_exact(count), &group.rows) {
+                    let sums = &mut sums[pair / k * count..][..count];
+                    for (sum, (product, bias)) in zip(sums, zip(products, &biases)) {
+                        *sum += (product + bias) * weights[pair];
                     }
                 }
             }
@@ -152,9 +137,9 @@ pub fn moe(
         |index: &i32| *index == ELSEWHERE || usize::try_from(*index).is_ok_and(|index| index < experts.count);
     for_each(threads, out.reborrow().chunks(hidden).into_iter().enumerate(), &|(token, mut out)| {
         if indices[token * k..(token + 1) * k].iter().all(is_valid) {
-            out.copy_from((0..hidden).map(|row| sums[row * tokens + token]));
+            out.write(parts_of(token, &sums, of_task, tokens));
         } else {
-            out.copy_from(std::iter::repeat_n(f32::NAN, hidden));
+            out.fill_nan();
         }
     });
 }
@@ -170,44 +155,33 @@ fn first_layer(
 ) -> Packed {
     let (matrix, width) = (&experts.gate_up, experts.down.columns());
     let rows = groups.iter().map(|group| group.rows.len()).sum::<usize>();
-    // By group, then value by value, and of these one for each row of the group.
+    let swiglu = Swiglu { limit: experts.limit, alpha: experts.alpha };
     let mut inner = vec![0.0; rows * width];
     for_each(threads, tasks(groups, width, matrix, 2, &mut inner), &|task: Task<'_>| {
-        let Task { group, rows, out } = task;
+        let Task { group, results, out } = task;
         let columns: Vec<usize> = group.rows.iter().map(|pair| pair / k).collect();
-        let first = 2 * (group.expert * width + rows.start);
+        let rows = 2 * (group.expert * width + results.start)..2 * (group.expert * width + results.end);
         let mut products = vec![0.0; 2 * out.len()];
-        let both = first..first + 2 * rows.len();
-        Product { matrix, rows: both, x, columns: &columns, out: &mut products }.run(level);
-        let pairs = products.chunks_exact(2 * columns.len());
-        for ((row, out), products) in (first..).step_by(2).zip(out.chunks_exact_mut(columns.len())).zip(pairs) {
-            let (gates, ups) = products.split_at(columns.len());
-            let (gate_bias, up_bias) = (experts.gate_up_bias.get(row), experts.gate_up_bias.get(row + 1));
-            for (out, (gate, up)) in zip(out, zip(gates, ups)) {
-                *out = experts.activation(gate + gate_bias, up + up_bias);
-            }
+        Product { matrix, rows: rows.clone(), x, columns: &columns, out: &mut products }.run(level);
+        let biases: Vec<f32> = rows.map(|row| experts.gate_up_bias.get(row)).collect();
+        for (out, products) in zip(out.chunks_exact_mut(results.len()), products.chunks_exact(biases.len())) {
+            swiglu.run(level, products.as_chunks().0, biases.as_chunks().0, out);
         }
     });
-    let mut place_of = Vec::with_capacity(rows);
-    for (group, place) in zip(groups, places(groups)) {
-        place_of.extend((0..group.rows.len()).map(|number| (place.start * width + number, group.rows.len())));
-    }
-    Packed::f32(threads, rows, width, experts.down.format(), |row, column| {
-        let (first, stride) = place_of[row];
-        inner[first + column * stride]
-    })
+    let inner: Vec<_> = rows_of(groups, width, matrix, 2, &inner).collect();
+    Packed::f32(threads, rows, width, experts.down.format(), |row, out| FloatsMut::F32(out).write(inner[row].parts()))
 }
 
 /// A part of the results for one group.
 struct Task<'a> {
     group: &'a Group,
     /// Which of the expert's results.
-    rows: Range<usize>,
-    /// For each of them those of the group's rows.
+    results: Range<usize>,
+    /// For each of the group's rows these results.
     out: &'a mut [f32],
 }
 
-/// Divides the results of all groups, `width` for each row, of which each takes `rows_of_result` rows of a matrix.
+/// Divides the results of all groups, `width` for each row, each of which takes `rows_of_result` rows of a matrix.
 fn tasks<'a>(
     groups: &'a [Group],
     width: usize,
@@ -219,11 +193,42 @@ fn tasks<'a>(
     for group in groups {
         let (results, rest) = out.split_at_mut(width * group.rows.len());
         out = rest;
-        let step = rows_of_task(matrix, group.rows.len()).div_ceil(rows_of_result);
-        for (number, out) in results.chunks_mut((step * group.rows.len()).max(1)).enumerate() {
-            let first = number * step;
-            tasks.push(Task { group, rows: first..first + out.len() / group.rows.len(), out });
+        let of_task = rows_of_task(matrix, group.rows.len(), 1).div_ceil(rows_of_result);
+        for (number, out) in results.chunks_mut(of_task * group.rows.len()).enumerate() {
+            let first = number * of_task;
+            tasks.push(Task { group, results: first..first + out.len() / group.rows.len(), out });
         }
     }
     tasks
+}
+
+/// The results for one row, as [`tasks`] have written them.
+#[derive(Clone, Copy)]
+struct ResultRow<'a> {
+    results_of_group: &'a [f32],
+    row: usize,
+    of_task: usize,
+    rows: usize,
+}
+
+impl<'a> ResultRow<'a> {
+    fn parts(self) -> impl Iterator<Item = &'a [f32]> {
+        parts_of(self.row, self.results_of_group, self.of_task, self.rows)
+    }
+}
+
+/// The results of all [`tasks`] row by row, one group after the other.
+fn rows_of<'a>(
+    groups: &'a [Group],
+    width: usize,
+    matrix: &Matrix<'_>,
+    rows_of_result: usize,
+    results: &'a [f32],
+) -> impl Iterator<Item = ResultRow<'a>> {
+    zip(groups, places(groups)).flat_map(move |(group, place)| {
+        let rows = group.rows.len();
+        let of_task = rows_of_task(matrix, rows, 1).div_ceil(rows_of_result);
+        let results_of_group = &results[place.start * width..place.end * width];
+        (0..rows).map(move |row| ResultRow { results_of_group, row, of_task, rows })
+    })
 }

@@ -5,7 +5,7 @@ use std::iter::zip;
 use super::floats::{Floats, FloatsMut};
 use super::matrix::Matrix;
 use super::packed::Packed;
-use super::product::{Product, rows_of_task};
+use super::product::{Product, parts_of, rows_of_task};
 use super::threads::{Threads, for_each};
 use crate::simd::Level;
 
@@ -30,17 +30,15 @@ pub fn linear(
     }
     let x = Packed::new(threads, x, k, matrix.format(), level.has_bf16_dot());
     let columns: Vec<usize> = (0..m).collect();
-    let rows_of_task = rows_of_task(matrix, m);
+    let rows_of_task = rows_of_task(matrix, m, 1);
 
-    // Row by row of the matrix, and of these the results for all rows of x.
+    // For each row of x the results of a task's rows of the matrix.
     let compute = |first: usize, sums: &mut [f32]| {
         let rows = first..first + sums.len() / m;
         Product { matrix, rows: rows.clone(), x: &x, columns: &columns, out: sums }.run(level);
         if let Some(bias) = bias {
-            for (row, sums) in zip(rows, sums.chunks_exact_mut(m)) {
-                for sum in sums {
-                    *sum += bias.get(row);
-                }
+            for sums in sums.chunks_exact_mut(rows.len()) {
+                zip(sums, rows.clone()).for_each(|(sum, row)| *sum += bias.get(row));
             }
         }
     };
@@ -54,7 +52,7 @@ pub fn linear(
             for_each(threads, out.chunks(rows_of_task).into_iter().enumerate(), &|(task, mut out)| {
                 let mut sums = vec![0.0; out.len()];
                 compute(task * rows_of_task, &mut sums);
-                out.copy_from(sums);
+                out.write([&*sums]);
             });
         }
         out => {
@@ -63,7 +61,7 @@ pub fn linear(
                 compute(task * rows_of_task, sums);
             });
             for_each(threads, out.chunks(n).into_iter().enumerate(), &|(column, mut out)| {
-                out.copy_from((0..n).map(|row| sums[row * m + column]));
+                out.write(parts_of(column, &sums, rows_of_task, m));
             });
         }
     }

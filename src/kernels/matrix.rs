@@ -1,6 +1,7 @@
 //! Matrices as checkpoints store them: rows of MXFP4 or bfloat16, the contracted axis last.
 
 use crate::mxfp4::{BLOCK_BYTES, MX_BLOCK_SIZE};
+use crate::simd::Vectors;
 
 /// What rows are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,45 +101,54 @@ pub(super) struct Row<'a> {
     pub(super) scales: &'a [u8],
 }
 
-/// Bytes that are expanded at once.
+/// Bytes of a row that are expanded at once, a chunk.
 pub(super) const CHUNK_BYTES: usize = 64;
 
-/// 64 bytes of a row, and the scales of their blocks.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Chunk<'a> {
-    pub(super) bytes: &'a [u8; CHUNK_BYTES],
-    pub(super) scales: [u8; 4],
-}
+impl Row<'_> {
+    /// How many chunks it has, the last maybe in part.
+    pub(super) fn chunk_count(self) -> usize {
+        self.bytes.len().div_ceil(CHUNK_BYTES)
+    }
 
-impl<'a> Row<'a> {
-    /// The whole chunks of a row, and what is left of it.
+    /// A chunk, and zeros behind the row's end.
     #[inline(always)]
-    pub(super) fn chunks(self) -> (impl ExactSizeIterator<Item = Chunk<'a>>, Tail) {
-        let (bytes, rest) = self.bytes.as_chunks::<CHUNK_BYTES>();
-        let (scales, rest_of_scales) = self.scales.as_chunks::<4>();
-        let mut tail = Tail { bytes: [0; CHUNK_BYTES], scales: [0; 4], is_empty: rest.is_empty() };
-        tail.bytes[..rest.len()].copy_from_slice(rest);
-        tail.scales[..rest_of_scales.len()].copy_from_slice(rest_of_scales);
-        let chunks = bytes.iter().enumerate().map(
-            #[inline(always)]
-            move |(number, bytes)| Chunk { bytes, scales: scales.get(number).copied().unwrap_or_default() },
-        );
-        (chunks, tail)
+    pub(super) fn load<V: Vectors>(self, vectors: V, chunk: usize) -> V::Words {
+        let (whole, rest) = self.bytes.as_chunks();
+        match whole.get(chunk) {
+            Some(bytes) => vectors.load(bytes),
+            None => vectors.load_part(rest),
+        }
+    }
+
+    /// The scale bytes of a chunk's blocks, the first lowest, and those of 1 behind the row's end.
+    #[inline(always)]
+    pub(super) fn scales(self, chunk: usize) -> u32 {
+        const ONE: u8 = 127;
+        let (whole, rest) = self.scales.as_chunks();
+        u32::from_le_bytes(match (whole.get(chunk), rest) {
+            (Some(scales), _) => return u32::from_le_bytes(*scales),
+            (None, &[a]) => [a, ONE, ONE, ONE],
+            (None, &[a, b]) => [a, b, ONE, ONE],
+            (None, &[a, b, c]) => [a, b, c, ONE],
+            (None, _) => [ONE; 4],
+        })
+    }
+
+    /// Whether all scales are normal numbers of float32: bytes 1 .. 254.
+    #[inline(always)]
+    pub(super) fn has_normal_scales(self) -> bool {
+        let (words, rest) = self.scales.as_chunks();
+        // All of them without a branch, rather than up to the first that is not.
+        let found = words.iter().fold(0, |found, word| {
+            let word = u64::from_ne_bytes(*word);
+            found | zero_bytes(word) | zero_bytes(!word)
+        });
+        found == 0 && !rest.iter().any(|&scale| matches!(scale, 0 | u8::MAX))
     }
 }
 
-/// The last bytes of a row, and zeros: codes of value zero.
-#[derive(Debug)]
-pub(super) struct Tail {
-    bytes: [u8; CHUNK_BYTES],
-    scales: [u8; 4],
-    is_empty: bool,
-}
-
-impl Tail {
-    /// As a chunk; None if the row had nothing left.
-    #[inline(always)]
-    pub(super) fn chunk(&self) -> Option<Chunk<'_>> {
-        (!self.is_empty).then_some(Chunk { bytes: &self.bytes, scales: self.scales })
-    }
+/// Zero if no byte of a word is.
+fn zero_bytes(word: u64) -> u64 {
+    const LOWEST: u64 = u64::MAX / 0xff;
+    word.wrapping_sub(LOWEST) & !word & LOWEST << 7
 }

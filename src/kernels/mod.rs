@@ -3,14 +3,18 @@
 //! They know slices and [`Threads`], and nothing of JAX or Python; [`ffi`](crate::ffi) is how XLA calls them.
 
 mod attention;
+mod expand;
 mod experts;
+mod few;
 mod floats;
 mod grouping;
 mod linear;
+mod many;
 mod matrix;
 mod packed;
 mod product;
 mod slots;
+mod swiglu;
 mod threads;
 
 pub use attention::{Attention, attention};

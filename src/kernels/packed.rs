@@ -2,7 +2,10 @@
 //!
 //! A chunk of 64 bytes expands to N vectors of L values: value `lane * N + j` of the chunk is in lane `lane` of vector
 //! j, for that is what a shift of all lanes and a table make of codes. Activations are put into the same order once,
-//! rather than each row of a matrix into theirs.
+//! rather than each row of a matrix into theirs. When sixteen rows of a matrix are transposed and then expanded, lane
+//! `lane` of vector j is multiplied by theirs: the order is right for that, too.
+
+use std::iter::zip;
 
 use super::floats::{Floats, from_bf16};
 use super::matrix::{CHUNK_BYTES, Format};
@@ -13,8 +16,16 @@ use crate::simd::Vectors;
 pub(super) trait Operand<V: Vectors>: Copy + Send + Sync + 'static {
     /// What they are in registers.
     type Vector: Copy;
+    /// What one 32-bit lane holds.
+    type Lane: Copy;
+    /// Nothing but zeros.
+    const ZERO: Self;
 
     fn load(&self, vectors: V) -> Self::Vector;
+    /// The lanes of vectors that stand behind each other.
+    fn lanes(values: &[Self]) -> &[Self::Lane];
+    /// One lane's content in all lanes.
+    fn splat(vectors: V, lane: Self::Lane) -> Self::Vector;
     /// The values of one code from each lane: of its lowest four bits, or of those `number` codes above.
     fn e2m1(vectors: V, codes: V::Words, number: u32) -> Self::Vector;
     /// The products of two vectors added to sums.
@@ -23,6 +34,18 @@ pub(super) trait Operand<V: Vectors>: Copy + Send + Sync + 'static {
 
 impl<V: Vectors> Operand<V> for [f32; 16] {
     type Vector = V::Floats;
+    type Lane = f32;
+    const ZERO: Self = [0.0; 16];
+
+    #[inline(always)]
+    fn lanes(values: &[Self]) -> &[f32] {
+        values.as_flattened()
+    }
+
+    #[inline(always)]
+    fn splat(vectors: V, lane: f32) -> V::Floats {
+        vectors.splat(lane)
+    }
 
     #[inline(always)]
     fn load(&self, vectors: V) -> V::Floats {
@@ -42,6 +65,18 @@ impl<V: Vectors> Operand<V> for [f32; 16] {
 
 impl<V: Vectors> Operand<V> for [u16; 32] {
     type Vector = V::Words;
+    type Lane = [u16; 2];
+    const ZERO: Self = [0; 32];
+
+    #[inline(always)]
+    fn lanes(values: &[Self]) -> &[[u16; 2]] {
+        values.as_flattened().as_chunks().0
+    }
+
+    #[inline(always)]
+    fn splat(vectors: V, [even, odd]: [u16; 2]) -> V::Words {
+        vectors.splat_words(u32::from(odd) << 16 | u32::from(even))
+    }
 
     #[inline(always)]
     fn load(&self, vectors: V) -> V::Words {
@@ -74,6 +109,10 @@ pub(super) struct Rows<X> {
 }
 
 impl<X> Rows<X> {
+    pub(super) fn vectors_of_row(&self) -> usize {
+        self.vectors_of_row
+    }
+
     #[inline(always)]
     pub(super) fn get(&self, row: usize) -> &[X] {
         &self.vectors[row * self.vectors_of_row..(row + 1) * self.vectors_of_row]
@@ -91,55 +130,57 @@ impl Packed {
     ) -> Self {
         let rows = x.len().checked_div(columns).unwrap_or(0);
         match x {
-            Floats::Bf16(values) if has_bf16_dot => {
-                Self::Bf16(pack(threads, rows, columns, format, 0, |row, column| values[row * columns + column]))
-            }
-            Floats::Bf16(values) => Self::F32(pack(threads, rows, columns, format, 0.0, |row, column| {
-                from_bf16(values[row * columns + column])
+            Floats::Bf16(values) if has_bf16_dot => Self::Bf16(pack(threads, rows, columns, format, |row, out| {
+                out.copy_from_slice(&values[row * columns..][..columns]);
             })),
-            Floats::F32(values) => {
-                Self::f32(threads, rows, columns, format, |row, column| values[row * columns + column])
-            }
+            Floats::Bf16(values) => Self::f32(threads, rows, columns, format, |row, out| {
+                zip(out, &values[row * columns..]).for_each(|(out, value)| *out = from_bf16(*value));
+            }),
+            Floats::F32(values) => Self::f32(threads, rows, columns, format, |row, out| {
+                out.copy_from_slice(&values[row * columns..][..columns]);
+            }),
         }
     }
 
-    /// Rows of float32 that `value` tells: of a row and a column.
+    /// Rows of float32, each of which `write` writes.
     pub(super) fn f32(
         threads: &dyn Threads,
         rows: usize,
         columns: usize,
         format: Format,
-        value: impl Fn(usize, usize) -> f32 + Sync,
+        write: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
-        Self::F32(pack(threads, rows, columns, format, 0.0, value))
+        Self::F32(pack(threads, rows, columns, format, write))
     }
 }
 
 /// Rows that one task packs: about as long as it takes to wake a thread.
 const ROWS_OF_TASK: usize = 8;
 
-fn pack<T: Copy + Send, const LANES: usize>(
+fn pack<T: Copy + Default + Send, const LANES: usize>(
     threads: &dyn Threads,
     rows: usize,
     columns: usize,
     format: Format,
-    zero: T,
-    value: impl Fn(usize, usize) -> T + Sync,
+    write: impl Fn(usize, &mut [T]) + Sync,
 ) -> Rows<[T; LANES]> {
     let values_of_chunk = match format {
         Format::Mxfp4 => 2 * CHUNK_BYTES,
         Format::Bf16 => CHUNK_BYTES / 2,
     };
     let vectors_of_chunk = values_of_chunk / LANES;
-    let vectors_of_row = columns.div_ceil(values_of_chunk) * vectors_of_chunk;
-    let mut vectors = vec![[zero; LANES]; rows * vectors_of_row];
+    let chunks_of_row = columns.div_ceil(values_of_chunk);
+    let vectors_of_row = chunks_of_row * vectors_of_chunk;
+    let mut vectors = vec![[T::default(); LANES]; rows * vectors_of_row];
     let rows_of_task = vectors.chunks_mut((ROWS_OF_TASK * vectors_of_row).max(1));
     for_each(threads, rows_of_task.enumerate(), &|(task, vectors)| {
+        let mut values = vec![T::default(); chunks_of_row * values_of_chunk];
         for (row, vectors) in (task * ROWS_OF_TASK..).zip(vectors.chunks_exact_mut(vectors_of_row)) {
-            for (chunk, vectors) in vectors.chunks_exact_mut(vectors_of_chunk).enumerate() {
-                let first = chunk * values_of_chunk;
-                for place in 0..values_of_chunk.min(columns - first) {
-                    vectors[place % vectors_of_chunk][place / vectors_of_chunk] = value(row, first + place);
+            write(row, &mut values[..columns]);
+            let chunks = values.chunks_exact(values_of_chunk);
+            for (vectors, values) in zip(vectors.chunks_exact_mut(vectors_of_chunk), chunks) {
+                for (lane, values) in values.chunks_exact(vectors_of_chunk).enumerate() {
+                    zip(&mut *vectors, values).for_each(|(vector, value)| vector[lane] = *value);
                 }
             }
         }

@@ -9,8 +9,8 @@ use std::arch::x86_64::{
     _mm256_castsi256_si128, _mm256_cmpeq_epi32, _mm256_cmpgt_epi32, _mm256_cvtepu16_epi32, _mm256_cvtps_epi32,
     _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_max_epi32, _mm256_max_ps, _mm256_min_ps,
     _mm256_mul_ps, _mm256_or_si256, _mm256_permute2x128_si256, _mm256_permutevar8x32_epi32, _mm256_set1_epi32,
-    _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi32, _mm256_sub_epi32,
-    _mm256_unpackhi_epi32, _mm256_unpacklo_epi32,
+    _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi32,
+    _mm256_sub_epi32, _mm256_unpackhi_epi32, _mm256_unpackhi_epi64, _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
 };
 
 use zerocopy::transmute;
@@ -34,13 +34,27 @@ impl Avx2 {
 /// The eight magnitudes.
 const MAGNITUDES: [f32; 8] = *E2M1.first_chunk().expect("there are sixteen values");
 
+/// For `vpshufb` within each half of registers that hold four scale bytes over and over: byte 0, 1, 2 or 3 of them as the
+/// lowest of each lane of a half. A negative index gives zero.
+const SPREAD: [[i8; 32]; 2] = {
+    let mut indices = [[-1; 32]; 2];
+    let mut byte = 0;
+    while byte < 64 {
+        #[expect(clippy::cast_possible_truncation, reason = "0 .. 4")]
+        {
+            indices[byte / 32][byte % 32] = (byte / 16) as i8;
+        }
+        byte += 4;
+    }
+    indices
+};
+
 // SAFETY of all blocks below: a value of the type exists only where the processor has the instructions. None of them
 // touches memory, but `_mm_prefetch`, which reads nothing and takes any address.
 impl Vectors for Avx2 {
-    const HAS_MANY_REGISTERS: bool = false;
-
     type Floats = [__m256; 2];
     type Words = [__m256i; 2];
+    const HAS_MANY_REGISTERS: bool = false;
 
     #[inline(always)]
     fn zero(self) -> [__m256; 2] {
@@ -131,11 +145,6 @@ impl Vectors for Avx2 {
     }
 
     #[inline(always)]
-    fn interleave(self, a: [__m256i; 2], b: [__m256i; 2]) -> [[__m256i; 2]; 2] {
-        [interleave(a[0], b[0]), interleave(a[1], b[1])]
-    }
-
-    #[inline(always)]
     fn e2m1(self, codes: [__m256i; 2], shift: u32) -> [__m256; 2] {
         // No closures: they would not be compiled for these vectors.
         [e2m1(codes[0], shift), e2m1(codes[1], shift)]
@@ -148,14 +157,60 @@ impl Vectors for Avx2 {
     }
 
     #[inline(always)]
-    fn e8m0(self, scales: [u8; 4]) -> [__m256; 2] {
-        [e8m0([scales[0], scales[1]]), e8m0([scales[2], scales[3]])]
+    fn splat_words(self, word: u32) -> [__m256i; 2] {
+        unsafe { [_mm256_set1_epi32(word.cast_signed()); 2] }
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [[__m256i; 2]; 16]) -> [[__m256i; 2]; 16] {
+        let mut columns = rows;
+        for half in 0..2 {
+            let mut high = [rows[0][half]; 8];
+            let mut low = high;
+            for row in 0..8 {
+                (low[row], high[row]) = (rows[row][half], rows[8 + row][half]);
+            }
+            let (low, high) = (transpose(low), transpose(high));
+            for column in 0..8 {
+                columns[8 * half + column] = [low[column], high[column]];
+            }
+        }
+        columns
+    }
+
+    #[inline(always)]
+    fn e8m0(self, scales: [__m256i; 2], shift: u32) -> [__m256; 2] {
+        [e8m0(scales[0], shift), e8m0(scales[1], shift)]
+    }
+
+    #[inline(always)]
+    fn e8m0_normal(self, scales: u32) -> [__m256; 2] {
+        unsafe {
+            let scales = _mm256_set1_epi32(scales.cast_signed());
+            let (low, high) = (
+                _mm256_shuffle_epi8(scales, transmute!(SPREAD[0])),
+                _mm256_shuffle_epi8(scales, transmute!(SPREAD[1])),
+            );
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<23>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<23>(high))]
+        }
     }
 
     /// Not used, as above.
     #[inline(always)]
-    fn scale_bf16(self, values: [__m256i; 2], codes: [__m256i; 2], shift: u32, scales: [u8; 4]) -> [__m256i; 2] {
-        transmute!(Plain.scale_bf16(transmute!(values), transmute!(codes), shift, scales))
+    fn exponents(self, scales: [__m256i; 2], shift: u32) -> [__m256i; 2] {
+        transmute!(Plain.exponents(transmute!(scales), shift))
+    }
+
+    /// Not used, as above.
+    #[inline(always)]
+    fn add_exponents(
+        self,
+        values: [__m256i; 2],
+        codes: [__m256i; 2],
+        shift: u32,
+        exponents: [__m256i; 2],
+    ) -> [__m256i; 2] {
+        transmute!(Plain.add_exponents(transmute!(values), transmute!(codes), shift, transmute!(exponents)))
     }
 
     #[inline(always)]
@@ -220,16 +275,6 @@ fn within(values: __m256, positions: __m256i, first: i32, last: i32) -> __m256 {
 }
 
 #[inline(always)]
-fn interleave(a: __m256i, b: __m256i) -> [__m256i; 2] {
-    // SAFETY: as above.
-    unsafe {
-        // Of each half of a register by itself.
-        let (low, high) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-        [_mm256_permute2x128_si256::<0x20>(low, high), _mm256_permute2x128_si256::<0x31>(low, high)]
-    }
-}
-
-#[inline(always)]
 fn bf16_halves(words: __m256i) -> [__m256; 2] {
     // SAFETY: as above.
     unsafe {
@@ -259,13 +304,40 @@ fn e2m1(codes: __m256i, shift: u32) -> __m256 {
 }
 
 #[inline(always)]
-fn e8m0([low, high]: [u8; 2]) -> __m256 {
-    let (low, high) = (u32::from(low), u32::from(high));
+fn e8m0(scales: __m256i, shift: u32) -> __m256 {
     // SAFETY: as above.
     unsafe {
-        let exponents = _mm256_slli_epi32::<23>(transmute!([low, low, low, low, high, high, high, high]));
+        let bytes = _mm256_and_si256(_mm256_srl_epi32(scales, count(shift)), _mm256_set1_epi32(0xff));
+        let exponents = _mm256_slli_epi32::<23>(bytes);
         let nan = _mm256_cmpeq_epi32(exponents, _mm256_set1_epi32(0xff << 23));
         let factors = _mm256_max_epi32(exponents, _mm256_set1_epi32(1 << 22));
         _mm256_castsi256_ps(_mm256_or_si256(factors, nan))
+    }
+}
+
+/// Lane j of vector i becomes lane i of vector j.
+#[inline(always)]
+fn transpose(rows: [__m256i; 8]) -> [__m256i; 8] {
+    // SAFETY: as above.
+    unsafe {
+        // Within halves: half h of vector 4 i + c holds column 4 h + c of rows 4 i .. 4 i + 4.
+        let mut quads = rows;
+        for quad in quads.as_chunks_mut::<4>().0 {
+            let [a, b, c, d] = *quad;
+            let (ab, cd) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
+            let (ab_high, cd_high) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
+            *quad = [
+                _mm256_unpacklo_epi64(ab, cd),
+                _mm256_unpackhi_epi64(ab, cd),
+                _mm256_unpacklo_epi64(ab_high, cd_high),
+                _mm256_unpackhi_epi64(ab_high, cd_high),
+            ];
+        }
+        let mut columns = quads;
+        for c in 0..4 {
+            columns[c] = _mm256_permute2x128_si256::<0x20>(quads[c], quads[4 + c]);
+            columns[4 + c] = _mm256_permute2x128_si256::<0x31>(quads[c], quads[4 + c]);
+        }
+        columns
     }
 }

@@ -7,11 +7,12 @@ use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_prefetch, _mm512_add_ps, _mm512_and_si512,
     _mm512_castsi512_ps, _mm512_castsi512_si256, _mm512_cmpeq_epi32_mask, _mm512_cmpge_epi32_mask,
     _mm512_cvtepu16_epi32, _mm512_dpbf16_ps, _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_mask_add_epi16,
-    _mm512_mask_cmple_epi32_mask, _mm512_mask_mov_epi32, _mm512_mask_mov_ps, _mm512_max_epi32, _mm512_max_ps,
-    _mm512_min_ps, _mm512_mul_ps, _mm512_permutex2var_epi32, _mm512_permutexvar_epi16, _mm512_permutexvar_ps,
+    _mm512_mask_cmple_epi32_mask, _mm512_mask_mov_epi32, _mm512_mask_mov_ps, _mm512_maskz_loadu_epi8, _mm512_max_epi32,
+    _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutexvar_epi16, _mm512_permutexvar_ps,
     _mm512_reduce_add_ps, _mm512_reduce_max_ps, _mm512_scalef_ps, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_shuffle_epi8, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srl_epi16, _mm512_srl_epi32,
-    _mm512_sub_epi16, _mm512_test_epi16_mask,
+    _mm512_setzero_ps, _mm512_shuffle_epi8, _mm512_shuffle_i32x4, _mm512_slli_epi16, _mm512_slli_epi32,
+    _mm512_srl_epi16, _mm512_srl_epi32, _mm512_sub_epi16, _mm512_test_epi16_mask, _mm512_unpackhi_epi32,
+    _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
 use zerocopy::transmute;
@@ -43,8 +44,8 @@ const E2M1_BF16: [u16; 32] = {
 };
 
 /// For `vpshufb` within each quarter of a register that holds four scale bytes over and over: quarter i's byte i, as the
-/// lowest byte of every 32 or 16 bits. A negative index gives zero.
-const fn spread(lane_bytes: usize) -> [i8; 64] {
+/// lowest byte of every lane. A negative index gives zero.
+const SPREAD: [i8; 64] = {
     let mut indices = [-1; 64];
     let mut byte = 0;
     while byte < 64 {
@@ -52,27 +53,17 @@ const fn spread(lane_bytes: usize) -> [i8; 64] {
         {
             indices[byte] = (byte / 16) as i8;
         }
-        byte += lane_bytes;
+        byte += 4;
     }
     indices
-}
-
-const SPREAD_32: [i8; 64] = spread(4);
-const SPREAD_16: [i8; 64] = spread(2);
-
-/// For `vpermt2d`: the lanes of the first register in turn with those of the second, which count from 16.
-const INTERLEAVE: [[u32; 16]; 2] = [
-    [0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23],
-    [8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31],
-];
+};
 
 // SAFETY of all blocks below: a value of the type exists only where the processor has the instructions. None of them
-// touches memory, but `_mm_prefetch`, which reads nothing and takes any address.
+// touches memory, but `_mm_prefetch`, which reads nothing and takes any address, and the one in `load_part`.
 impl<const BF16: bool> Vectors for Avx512<BF16> {
-    const HAS_MANY_REGISTERS: bool = true;
-
     type Floats = __m512;
     type Words = __m512i;
+    const HAS_MANY_REGISTERS: bool = true;
 
     #[inline(always)]
     fn zero(self) -> __m512 {
@@ -159,16 +150,6 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
     }
 
     #[inline(always)]
-    fn interleave(self, a: __m512i, b: __m512i) -> [__m512i; 2] {
-        unsafe {
-            [
-                _mm512_permutex2var_epi32(a, transmute!(INTERLEAVE[0]), b),
-                _mm512_permutex2var_epi32(a, transmute!(INTERLEAVE[1]), b),
-            ]
-        }
-    }
-
-    #[inline(always)]
     fn e2m1(self, codes: __m512i, shift: u32) -> __m512 {
         // `vpermps` looks at four bits of an index.
         unsafe { _mm512_permutexvar_ps(_mm512_srl_epi32(codes, count(shift)), transmute!(E2M1)) }
@@ -180,9 +161,53 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
     }
 
     #[inline(always)]
-    fn e8m0(self, scales: [u8; 4]) -> __m512 {
+    fn load_part(self, bytes: &[u8]) -> __m512i {
+        let mask = !(u64::MAX.checked_shl(bytes.len().try_into().unwrap_or(u32::MAX)).unwrap_or(0));
+        // SAFETY: only bytes of the slice are read.
+        unsafe { _mm512_maskz_loadu_epi8(mask, bytes.as_ptr().cast()) }
+    }
+
+    #[inline(always)]
+    fn splat_words(self, word: u32) -> __m512i {
+        unsafe { _mm512_set1_epi32(word.cast_signed()) }
+    }
+
+    #[inline(always)]
+    fn transpose(self, rows: [__m512i; 16]) -> [__m512i; 16] {
         unsafe {
-            let bytes = _mm512_shuffle_epi8(_mm512_set1_epi32(i32::from_le_bytes(scales)), transmute!(SPREAD_32));
+            // Within quarters: quarter q of vector 4 i + c holds column 4 q + c of rows 4 i .. 4 i + 4.
+            let mut quads = rows;
+            for quad in quads.as_chunks_mut::<4>().0 {
+                let [a, b, c, d] = *quad;
+                let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+                let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+                *quad = [
+                    _mm512_unpacklo_epi64(ab, cd),
+                    _mm512_unpackhi_epi64(ab, cd),
+                    _mm512_unpacklo_epi64(ab_high, cd_high),
+                    _mm512_unpackhi_epi64(ab_high, cd_high),
+                ];
+            }
+            // Then whole quarters.
+            let mut columns = quads;
+            for c in 0..4 {
+                let (a, b, third, d) = (quads[c], quads[4 + c], quads[8 + c], quads[12 + c]);
+                let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(a, b), _mm512_shuffle_i32x4::<0xdd>(a, b));
+                let (even_high, odd_high) =
+                    (_mm512_shuffle_i32x4::<0x88>(third, d), _mm512_shuffle_i32x4::<0xdd>(third, d));
+                columns[c] = _mm512_shuffle_i32x4::<0x88>(even, even_high);
+                columns[4 + c] = _mm512_shuffle_i32x4::<0x88>(odd, odd_high);
+                columns[8 + c] = _mm512_shuffle_i32x4::<0xdd>(even, even_high);
+                columns[12 + c] = _mm512_shuffle_i32x4::<0xdd>(odd, odd_high);
+            }
+            columns
+        }
+    }
+
+    #[inline(always)]
+    fn e8m0(self, scales: __m512i, shift: u32) -> __m512 {
+        unsafe {
+            let bytes = _mm512_and_si512(_mm512_srl_epi32(scales, count(shift)), _mm512_set1_epi32(0xff));
             let exponents = _mm512_slli_epi32::<23>(bytes);
             let nan = _mm512_cmpeq_epi32_mask(exponents, _mm512_set1_epi32(0xff << 23));
             let factors = _mm512_max_epi32(exponents, _mm512_set1_epi32(1 << 22));
@@ -191,10 +216,25 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
     }
 
     #[inline(always)]
-    fn scale_bf16(self, values: __m512i, codes: __m512i, shift: u32, scales: [u8; 4]) -> __m512i {
+    fn e8m0_normal(self, scales: u32) -> __m512 {
         unsafe {
-            let bytes = _mm512_shuffle_epi8(_mm512_set1_epi32(i32::from_le_bytes(scales)), transmute!(SPREAD_16));
-            let exponents = _mm512_slli_epi16::<7>(_mm512_sub_epi16(bytes, _mm512_set1_epi16(127)));
+            let bytes = _mm512_shuffle_epi8(_mm512_set1_epi32(scales.cast_signed()), transmute!(SPREAD));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(bytes))
+        }
+    }
+
+    #[inline(always)]
+    fn exponents(self, scales: __m512i, shift: u32) -> __m512i {
+        unsafe {
+            let bytes = _mm512_and_si512(_mm512_srl_epi32(scales, count(shift)), _mm512_set1_epi32(0xff));
+            let both = _mm512_or_si512(bytes, _mm512_slli_epi32::<16>(bytes));
+            _mm512_slli_epi16::<7>(_mm512_sub_epi16(both, _mm512_set1_epi16(127)))
+        }
+    }
+
+    #[inline(always)]
+    fn add_exponents(self, values: __m512i, codes: __m512i, shift: u32, exponents: __m512i) -> __m512i {
+        unsafe {
             let magnitude = _mm512_set1_epi16(7 << shift);
             // Zero has no exponent to add to.
             _mm512_mask_add_epi16(values, _mm512_test_epi16_mask(codes, magnitude), values, exponents)

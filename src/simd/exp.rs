@@ -14,13 +14,12 @@ const SMALLEST: f32 = -104.0;
 const ROUND: f32 = 12_582_912.0; // 1.5 · 2^23
 
 /// ln 2 in two parts. The first has nine bits: its product with a whole number is exact.
-const LN_2: [f32; 2] = [0.693_359_375, -2.121_944_4e-4];
+const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
 
 /// (e^r − 1 − r) / r² for |r| up to ln 2 / 2, the highest power first.
 ///
 /// Source: Cephes, `single/expf.c`.
-const POLYNOMIAL: [f32; 6] =
-    [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 5.000_000_1e-1];
+const POLYNOMIAL: [f32; 6] = [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_6e-1, 0.5];
 
 /// e^x, off by less than 1.25 units in the last place, subnormal numbers among them; NaN of NaN.
 #[inline(always)]

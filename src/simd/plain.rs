@@ -8,10 +8,9 @@ use crate::mxfp4::E2M1;
 pub(crate) struct Plain;
 
 impl Vectors for Plain {
-    const HAS_MANY_REGISTERS: bool = false;
-
     type Floats = [f32; 16];
     type Words = [u32; 16];
+    const HAS_MANY_REGISTERS: bool = cfg!(target_arch = "aarch64");
 
     #[inline(always)]
     fn zero(self) -> [f32; 16] {
@@ -121,12 +120,6 @@ impl Vectors for Plain {
     }
 
     #[inline(always)]
-    fn interleave(self, a: [u32; 16], b: [u32; 16]) -> [[u32; 16]; 2] {
-        [0, 8]
-            .map(|half| std::array::from_fn(|lane| if lane % 2 == 0 { a[half + lane / 2] } else { b[half + lane / 2] }))
-    }
-
-    #[inline(always)]
     fn e2m1(self, codes: [u32; 16], shift: u32) -> [f32; 16] {
         codes.map(|word| E2M1[(word >> shift & 0xf) as usize])
     }
@@ -137,14 +130,42 @@ impl Vectors for Plain {
     }
 
     #[inline(always)]
-    fn e8m0(self, scales: [u8; 4]) -> [f32; 16] {
-        std::array::from_fn(|lane| scale(scales[lane / 4]))
+    fn splat_words(self, word: u32) -> [u32; 16] {
+        [word; 16]
     }
 
     #[inline(always)]
-    fn scale_bf16(self, values: [u32; 16], _: [u32; 16], _: u32, scales: [u8; 4]) -> [u32; 16] {
+    fn transpose(self, rows: [[u32; 16]; 16]) -> [[u32; 16]; 16] {
+        let mut columns = [[0; 16]; 16];
+        for (i, row) in rows.iter().enumerate() {
+            for (column, word) in columns.iter_mut().zip(row) {
+                column[i] = *word;
+            }
+        }
+        columns
+    }
+
+    #[inline(always)]
+    fn e8m0(self, scales: [u32; 16], shift: u32) -> [f32; 16] {
+        scales.map(|scales| scale(byte(scales, shift)))
+    }
+
+    #[inline(always)]
+    fn e8m0_normal(self, scales: u32) -> [f32; 16] {
+        std::array::from_fn(|lane| scale(scales.to_le_bytes()[lane / 4]))
+    }
+
+    /// The scale bytes themselves.
+    #[inline(always)]
+    fn exponents(self, scales: [u32; 16], shift: u32) -> [u32; 16] {
+        scales.map(|scales| u32::from(byte(scales, shift)))
+    }
+
+    /// Right for all bytes.
+    #[inline(always)]
+    fn add_exponents(self, values: [u32; 16], _: [u32; 16], _: u32, exponents: [u32; 16]) -> [u32; 16] {
         std::array::from_fn(|lane| {
-            word_of(halves_of(values[lane]).map(|half| bf16(float(half) * scale(scales[lane / 4]))))
+            word_of(halves_of(values[lane]).map(|half| bf16(float(half) * scale(byte(exponents[lane], 0)))))
         })
     }
 
@@ -174,6 +195,11 @@ fn scale(byte: u8) -> f32 {
         u8::MAX => f32::NAN,
         byte => f32::from_bits(u32::from(byte) << 23),
     }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "takes it apart")]
+fn byte(word: u32, shift: u32) -> u8 {
+    (word >> shift) as u8
 }
 
 /// 2^n for n in −126 ..= 127.

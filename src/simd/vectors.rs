@@ -12,13 +12,12 @@ pub(crate) trait VectorKernel {
 ///
 /// All methods are `#[inline(always)]`, and mean something only within a function compiled for these instructions.
 pub(crate) trait Vectors: Copy {
-    /// Whether there are registers for sixteen sums, and what is added to them.
-    const HAS_MANY_REGISTERS: bool;
-
     /// Sixteen f32.
     type Floats: Copy;
     /// Sixteen integers of 32 bits, or thirty-two bfloat16.
     type Words: Copy;
+    /// Whether there are registers for 24 sums and what is added to them; otherwise for 12.
+    const HAS_MANY_REGISTERS: bool;
 
     /// All zero.
     fn zero(self) -> Self::Floats;
@@ -30,6 +29,17 @@ pub(crate) trait Vectors: Copy {
     fn store_f32(self, values: Self::Floats) -> [f32; 16];
     /// From memory, little endian.
     fn load(self, bytes: &[u8; 64]) -> Self::Words;
+    /// From memory, at most 64 bytes, and zeros behind them.
+    #[inline(always)]
+    fn load_part(self, bytes: &[u8]) -> Self::Words {
+        let mut whole = [0; 64];
+        whole[..bytes.len()].copy_from_slice(bytes);
+        self.load(&whole)
+    }
+    /// The same word in all lanes.
+    fn splat_words(self, word: u32) -> Self::Words;
+    /// Lane j of vector i becomes lane i of vector j.
+    fn transpose(self, rows: [Self::Words; 16]) -> [Self::Words; 16];
     /// To memory.
     fn store_bf16(self, words: Self::Words) -> [u16; 32];
     /// a + b.
@@ -53,18 +63,20 @@ pub(crate) trait Vectors: Copy {
 
     /// The same bits.
     fn floats(self, words: Self::Words) -> Self::Floats;
-    /// The 32-bit lanes a0 b0 a1 b1 … of the lower halves, and of the upper ones.
-    fn interleave(self, a: Self::Words, b: Self::Words) -> [Self::Words; 2];
 
     /// Values of the E2M1 codes in bits `shift` .. `shift` + 4 of each 32-bit lane.
     fn e2m1(self, codes: Self::Words, shift: u32) -> Self::Floats;
     /// Values of the E2M1 codes in bits `shift` .. `shift` + 4 of each 16-bit lane, as bfloat16.
     fn e2m1_bf16(self, codes: Self::Words, shift: u32) -> Self::Words;
-    /// The factors of four scale bytes, each on four lanes: 2^(byte − 127), and NaN for 255.
-    fn e8m0(self, scales: [u8; 4]) -> Self::Floats;
+    /// The factors of the scale bytes in bits `shift` .. `shift` + 8 of each lane: 2^(byte − 127), and NaN for 255.
+    fn e8m0(self, scales: Self::Words, shift: u32) -> Self::Floats;
+    /// The factors of four scale bytes, each on four lanes, the lowest first: 2^(byte − 127). For bytes 1 .. 254.
+    fn e8m0_normal(self, scales: u32) -> Self::Floats;
+    /// What [`add_exponents`](Self::add_exponents) takes for scale bytes in bits `shift` .. `shift` + 8 of each lane.
+    fn exponents(self, scales: Self::Words, shift: u32) -> Self::Words;
     /// bfloat16 values, of which `codes` (in bits `shift` .. `shift` + 4 of each 16-bit lane) say which are not zero,
-    /// times 2^(byte − 127) of four scale bytes, each on eight lanes. For bytes 2 .. 252.
-    fn scale_bf16(self, values: Self::Words, codes: Self::Words, shift: u32, scales: [u8; 4]) -> Self::Words;
+    /// times 2^(byte − 127) of the scale bytes behind `exponents`. For bytes 2 .. 252.
+    fn add_exponents(self, values: Self::Words, codes: Self::Words, shift: u32, exponents: Self::Words) -> Self::Words;
 
     /// The lower bfloat16 of each 32-bit lane.
     fn bf16_even(self, words: Self::Words) -> Self::Floats;

@@ -120,11 +120,20 @@ fn assert_sum(found: f32, (expected, size): (f64, f64), terms: usize, what: &str
 
 #[test]
 fn products_are_those_of_float64_whatever_the_sizes() {
-    let random = &mut Random(1);
-    for (format, columns) in
-        [(Format::Mxfp4, 32), (Format::Mxfp4, 160), (Format::Mxfp4, 2880), (Format::Bf16, 7), (Format::Bf16, 2880)]
-    {
-        for (m, n) in [(1, 31), (2, 6), (3, 25), (4, 5), (5, 61), (9, 13)] {
+    let sizes = [(1, 31), (2, 6), (3, 25), (4, 5), (5, 61), (9, 13)];
+    assert_products(&mut Random(1), &[(Format::Mxfp4, 160), (Format::Mxfp4, 2880), (Format::Bf16, 2880)], &sizes);
+}
+
+/// Each number of rows is divided into tiles of its own widths.
+#[test]
+fn products_are_those_of_float64_for_every_number_of_rows() {
+    let sizes: Vec<(usize, usize)> = (1..=26).map(|m| (m, 35)).collect();
+    assert_products(&mut Random(5), &[(Format::Mxfp4, 32), (Format::Bf16, 7)], &sizes);
+}
+
+fn assert_products(random: &mut Random, matrices: &[(Format, usize)], sizes: &[(usize, usize)]) {
+    for &(format, columns) in matrices {
+        for &(m, n) in sizes {
             let weights = Weights::random(random, format, n, columns);
             let bias = random.floats(n);
             for x in Activations::all(random.floats(m * columns)) {
@@ -200,11 +209,11 @@ fn every_code_under_every_scale_byte_is_exact() {
 fn nan_and_infinity_reach_their_rows_alone() {
     let random = &mut Random(3);
     let weights = Weights::random(random, Format::Bf16, 13, 70);
-    let mut floats = vec![1.0; 4 * 70];
-    (floats[3], floats[70 + 3]) = (f32::NAN, f32::INFINITY);
-    for x in Activations::all(floats) {
-        for level in Level::all() {
-            let mut out = vec![0.0; 4 * 13];
+    for (m, level) in [4, 7].into_iter().flat_map(|m| Level::all().into_iter().map(move |level| (m, level))) {
+        let mut floats = vec![1.0; m * 70];
+        (floats[3], floats[70 + 3]) = (f32::NAN, f32::INFINITY);
+        for x in Activations::all(floats) {
+            let mut out = vec![0.0; m * 13];
             linear(level, &THREADS, x.floats(), &weights.matrix(), None, FloatsMut::F32(&mut out));
             assert!(out[..13].iter().all(|value| value.is_nan()), "{level}");
             assert!(out[13..26].iter().all(|value| !value.is_finite()), "{level}");

@@ -1,5 +1,7 @@
 //! Blocks of keys and values: which positions they hold, and how they become rows to multiply by.
 
+use zerocopy::IntoBytes;
+
 use super::super::floats::Floats;
 use crate::simd::Vectors;
 
@@ -114,9 +116,7 @@ impl<V: Vectors> Stored<V, 2> for u16 {
             vectors.prefetch(zerocopy::transmute_ref!(line), 2 * ahead);
             return vectors.load(zerocopy::transmute_ref!(line));
         }
-        let mut padded = [0; 32];
-        padded[..rest.len()].copy_from_slice(rest);
-        vectors.load(&zerocopy::transmute!(padded))
+        vectors.load_part(rest.as_bytes())
     }
 
     #[inline(always)]
@@ -138,9 +138,7 @@ impl<V: Vectors> Stored<V, 1> for f32 {
             vectors.prefetch(zerocopy::transmute_ref!(line), 4 * ahead);
             return vectors.load(zerocopy::transmute_ref!(line));
         }
-        let mut padded = [0.0; 16];
-        padded[..rest.len()].copy_from_slice(rest);
-        vectors.load(&zerocopy::transmute!(padded))
+        vectors.load_part(rest.as_bytes())
     }
 
     #[inline(always)]
@@ -180,7 +178,7 @@ fn turn<V: Vectors, X: Stored<V, N>, const N: usize>(
                 let row = row_of(all, &rows, *position, first + lane);
                 *line = X::load(vectors, row, chunk, KEYS * rows.stride);
             }
-            let turned = transpose(vectors, lines);
+            let turned = vectors.transpose(lines);
             for (words, out) in turned.into_iter().zip(out.chunks_exact_mut(N * VECTORS)) {
                 let floats = X::of_lanes(vectors, words);
                 for n in 0..N {
@@ -189,21 +187,6 @@ fn turn<V: Vectors, X: Stored<V, N>, const N: usize>(
             }
         }
     }
-}
-
-/// Lane i of vector j as lane j of vector i.
-#[inline(always)]
-fn transpose<V: Vectors>(vectors: V, lines: [V::Words; 16]) -> [V::Words; 16] {
-    let mut from = lines;
-    // Each step turns the eight bits of a place, four of a vector and four of a lane, by one.
-    for _ in 0..4 {
-        let mut to = from;
-        for i in 0..8 {
-            [to[2 * i], to[2 * i + 1]] = vectors.interleave(from[i], from[i + 8]);
-        }
-        from = to;
-    }
-    from
 }
 
 /// For each key its values.

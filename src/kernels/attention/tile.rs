@@ -340,7 +340,7 @@ impl VectorKernel for Write<'_, '_> {
         for out in self.out {
             for mut out in out.reborrow().chunks(head_dim) {
                 merge(vectors, self.parts, row / rows * padded_rows + row % rows, &mut mixed);
-                out.copy_from(mixed.iter().copied());
+                out.write([&mixed[..]]);
                 row += 1;
             }
         }

@@ -1,0 +1,98 @@
+//! A few rows of activations: codes are multiplied as they are expanded.
+//!
+//! The matrix comes from memory once, and that is what takes the time.
+
+use std::ops::Range;
+
+use super::expand::Expand;
+use super::matrix::{Matrix, Row};
+use super::packed::{Operand, Rows};
+use crate::simd::Vectors;
+
+/// How far ahead of the row in work lines are asked for; 4 KiB measured best by far (AVX-512, 2026-11).
+const PREFETCH_BYTES: usize = 4096;
+
+/// Some rows of a matrix times a few rows of activations: `out[column * rows.len() + row]`.
+#[inline(always)]
+pub(super) fn multiply<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: usize>(
+    vectors: V,
+    x: &Rows<X>,
+    matrix: &Matrix<'_>,
+    rows: Range<usize>,
+    columns: &[usize],
+    out: &mut [f32],
+) {
+    let x = |number: usize| x.get(columns[number]);
+    // Several sums for few columns, so that none waits for the one before.
+    match columns.len() {
+        0 => {}
+        1 => multiply_columns::<V, X, F, N, 1, 4>(vectors, [x(0)], matrix, rows, out),
+        2 => multiply_columns::<V, X, F, N, 2, 2>(vectors, [x(0), x(1)], matrix, rows, out),
+        3 => multiply_columns::<V, X, F, N, 3, 2>(vectors, [x(0), x(1), x(2)], matrix, rows, out),
+        4 => multiply_columns::<V, X, F, N, 4, 1>(vectors, [x(0), x(1), x(2), x(3)], matrix, rows, out),
+        columns => unreachable!("{columns} columns are not few"),
+    }
+}
+
+/// M columns with S sums each.
+#[inline(always)]
+fn multiply_columns<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: usize, const M: usize, const S: usize>(
+    vectors: V,
+    x: [&[X]; M],
+    matrix: &Matrix<'_>,
+    rows: Range<usize>,
+    out: &mut [f32],
+) {
+    let height = rows.len();
+    for (number, row) in rows.enumerate() {
+        let row = matrix.row(row);
+        // Scales are normal numbers but in the rarest rows, and then take fewer instructions.
+        let sums = if row.has_normal_scales() {
+            dot::<V, X, F::Normal, N, M, S>(vectors, row, x)
+        } else {
+            dot::<V, X, F, N, M, S>(vectors, row, x)
+        };
+        for m in 0..M {
+            out[m * height + number] = sums[m];
+        }
+    }
+}
+
+/// One row times each of M.
+#[inline(always)]
+fn dot<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: usize, const M: usize, const S: usize>(
+    vectors: V,
+    row: Row<'_>,
+    x: [&[X]; M],
+) -> [f32; M] {
+    // Told once that all are as long, the compiler checks no index in the loop.
+    let count = row.chunk_count();
+    let x: [&[[X; N]]; M] = x.map(|x| &x.as_chunks().0[..count]);
+    let mut sums = [[vectors.zero(); M]; S];
+    let (whole, rest) = row.bytes.as_chunks();
+    let (groups, others) = whole.as_chunks::<S>();
+    for (group, chunks) in groups.iter().enumerate() {
+        for number in 0..S {
+            let chunk = S * group + number;
+            vectors.prefetch(&chunks[number], PREFETCH_BYTES);
+            let words = vectors.load(&chunks[number]);
+            F::add_products(vectors, words, row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[number]);
+        }
+    }
+    for (chunk, bytes) in (S * groups.len()..).zip(others) {
+        F::add_products(vectors, vectors.load(bytes), row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[0]);
+    }
+    if !rest.is_empty() {
+        let (words, chunk) = (vectors.load_part(rest), count - 1);
+        F::add_products(vectors, words, row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[0]);
+    }
+    let mut out = [0.0; M];
+    for m in 0..M {
+        let mut sum = sums[0][m];
+        for sums in &sums[1..] {
+            sum = vectors.add(sum, sums[m]);
+        }
+        out[m] = vectors.sum(sum);
+    }
+    out
+}
