@@ -210,6 +210,14 @@ impl<'a> Buffer<'a> {
         Err(FfiError::invalid_argument(self.which, format!("memory of {}", other.which), "memory of its own"))
     }
 
+    /// Fails unless both are the same array in the same memory.
+    pub(super) fn expect_same(&self, other: &Self) -> Result<()> {
+        if self.data == other.data && self.dtype == other.dtype && self.dims == other.dims {
+            return Ok(());
+        }
+        Err(FfiError::invalid_argument(self.which, "memory of its own", format!("that of {}", other.which)))
+    }
+
     /// Where the bytes lie. Of dtypes without a known size nothing can be read.
     fn range(&self) -> Range<usize> {
         self.data.addr()..self.data.addr().saturating_add(self.nbytes().unwrap_or(0))

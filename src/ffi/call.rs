@@ -12,6 +12,8 @@ use super::pool::XlaThreads;
 #[derive(Debug)]
 pub struct Call<'a> {
     frame: &'a abi::CallFrame,
+    /// Whether the first result has the memory of the first argument.
+    is_in_place: bool,
     are_results_taken: bool,
 }
 
@@ -20,8 +22,8 @@ impl<'a> Call<'a> {
     ///
     /// # Safety
     /// The frame is that of a call by XLA that lasts for `'a`: what it points to is valid, and nobody else writes it.
-    pub(super) unsafe fn new(frame: &'a abi::CallFrame) -> Self {
-        Self { frame, are_results_taken: false }
+    pub(super) unsafe fn new(frame: &'a abi::CallFrame, is_in_place: bool) -> Self {
+        Self { frame, is_in_place, are_results_taken: false }
     }
 
     /// How many arguments there are.
@@ -30,8 +32,15 @@ impl<'a> Call<'a> {
         usize::try_from(self.frame.args.size).unwrap_or(0)
     }
 
-    /// One argument.
+    /// One argument; of a handler that works in place not the first, which is the first result.
     pub fn arg(&self, index: usize) -> Result<Buffer<'a>> {
+        if self.is_in_place && index == 0 {
+            return Err(FfiError::internal("the handler asked for the argument that it changes"));
+        }
+        self.any_arg(index)
+    }
+
+    fn any_arg(&self, index: usize) -> Result<Buffer<'a>> {
         // SAFETY: by the condition of `new`, these are the call's arguments.
         unsafe { buffer(&self.frame.args, Which::Argument(index), index) }
     }
@@ -56,12 +65,17 @@ impl<'a> Call<'a> {
                 own.expect_apart(other)?;
             }
             for other in 0..self.arg_count() {
-                own.expect_apart(&self.arg(other)?)?;
+                let argument = self.any_arg(other)?;
+                if self.is_in_place && index == 0 && other == 0 {
+                    own.expect_same(&argument)?;
+                } else {
+                    own.expect_apart(&argument)?;
+                }
             }
         }
         self.are_results_taken = true;
-        // SAFETY: XLA has the handler write its results; no other array of the call reaches their memory, and they are
-        // handed out here only, once.
+        // SAFETY: XLA has the handler write its results; no other array of the call that `arg` gives reaches their memory,
+        // and they are handed out here only, once.
         Ok(results.map(|result| unsafe { BufferMut::new(result) }))
     }
 
@@ -281,6 +295,39 @@ mod tests {
         let expected = "result 1: found memory of result 0, expected memory of its own";
         assert_eq!(message(vec![part(4)], vec![part(0), part(1)]), Some(expected.to_owned()));
         assert_eq!(message(vec![part(4)], vec![part(0), part(2)]), None);
+    }
+
+    #[test]
+    fn in_place_the_first_result_is_the_first_argument_which_cannot_be_read() {
+        let (mut memory, mut values) = ([1.0_f32, 2.0, 3.0], [4.0_f32, 5.0]);
+        let at = |memory: &mut [f32]| FakeBuffer::new(F32, &[2], memory);
+        let args = vec![at(&mut memory[..2]), at(&mut values)];
+        let mut call = FakeCall::new(args, vec![at(&mut memory[..2])]);
+        call.is_in_place = true;
+        call.with(|call| {
+            let message = call.arg(0).unwrap_err().to_string();
+            assert_eq!(message, "the handler asked for the argument that it changes");
+            let values = call.arg(1).unwrap().slice::<f32>().unwrap();
+            let [result] = call.results().unwrap();
+            let result = result.slice::<f32>().unwrap();
+            assert_eq!(result, [1.0, 2.0]);
+            result[1] = values[1];
+        });
+        for (args, expected) in [
+            (
+                vec![at(&mut memory[1..]), at(&mut values)],
+                "result 0: found memory of its own, expected that of argument 0",
+            ),
+            (
+                vec![at(&mut memory[..2]), at(&mut memory[1..])],
+                "result 0: found memory of argument 1, expected memory of its own",
+            ),
+        ] {
+            let mut call = FakeCall::new(args, vec![at(&mut memory[..2])]);
+            call.is_in_place = true;
+            assert_eq!(call.with(|call| call.results::<1>().unwrap_err().to_string()), expected);
+        }
+        assert_eq!(memory, [1.0, 5.0, 3.0]);
     }
 
     #[test]

@@ -17,6 +17,10 @@ pub trait Handler {
     /// a process, and keeps names in compiled programs: whatever changes what a call means changes the version.
     const NAME: &'static str;
 
+    /// Whether the first result is the first argument with changes, in its memory. Then that argument cannot be read.
+    /// The call must have been made so: with `input_output_aliases={0: 0}`.
+    const IS_IN_PLACE: bool = false;
+
     /// Computes the results of a call. An error, or a panic, becomes an error of XLA.
     ///
     /// It may run on any thread, many calls at once, and must not touch Python.
@@ -32,7 +36,7 @@ pub type Entry = unsafe extern "C" fn(*mut abi::CallFrame) -> *mut abi::Error;
 /// Only XLA may call it, with a frame as its header describes.
 pub unsafe extern "C" fn entry<H: Handler>(frame: *mut abi::CallFrame) -> *mut abi::Error {
     // SAFETY: by this function's condition.
-    unsafe { answer(frame, H::NAME, H::run) }
+    unsafe { answer(frame, H::NAME, H::IS_IN_PLACE, H::run) }
 }
 
 /// # Safety
@@ -40,6 +44,7 @@ pub unsafe extern "C" fn entry<H: Handler>(frame: *mut abi::CallFrame) -> *mut a
 unsafe fn answer(
     frame: *const abi::CallFrame,
     name: &'static str,
+    is_in_place: bool,
     run: fn(&mut Call<'_>) -> Result<()>,
 ) -> *mut abi::Error {
     // SAFETY: XLA's frame begins with these fields, and its API with its size and version.
@@ -62,7 +67,7 @@ unsafe fn answer(
         }
         let _state = DefaultFloatState::enter();
         // SAFETY: by this function's condition: XLA called, and waits until this returns.
-        run(&mut unsafe { Call::new(frame) })
+        run(&mut unsafe { Call::new(frame, is_in_place) })
     }));
     match outcome.unwrap_or_else(|panic| Err(FfiError::from_panic(&*panic))) {
         Ok(()) => ptr::null_mut(),

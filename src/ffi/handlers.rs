@@ -4,7 +4,9 @@ use super::buffer::{Buffer, BufferMut, DType};
 use super::call::Call;
 use super::entry::Handler;
 use super::error::{FfiError, Result};
-use crate::kernels::{Experts, Floats, FloatsMut, Matrix, expert_linear, linear, moe};
+use crate::kernels::{
+    Attention, Experts, Floats, FloatsMut, Matrix, attention, expert_linear, linear, moe, write_slots,
+};
 use crate::mxfp4::BLOCK_BYTES;
 use crate::simd::Level;
 
@@ -97,6 +99,81 @@ impl Handler for DenseMoe {
         let gate_up = bf16_matrix(&gate_up, gate_up_rows, sizes.hidden)?;
         let down = bf16_matrix(&down, down_rows, sizes.width / 2)?;
         run_moe(call, &sizes, &[x, indices, weights, gate_up_bias, down_bias], gate_up, down)
+    }
+}
+
+/// `tensorport.v1.attention`: query [B, T, N, D], key and value [B, S, G, D], int32 positions [B, T] and [B, S], and maybe
+/// sinks [N] -> [B, T, N, D].
+///
+/// Attributes: `scale`, float32, and `sliding_window`, int64, below 1 for none.
+pub struct GroupedAttention;
+
+impl Handler for GroupedAttention {
+    const NAME: &'static str = "tensorport.v1.attention";
+
+    fn run(call: &mut Call<'_>) -> Result<()> {
+        let (scale, window): (f32, i64) = (call.attribute("scale")?, call.attribute("sliding_window")?);
+        let sinks = if call.arg_count() == 5 { None } else { Some(call.args::<6>()?[5]) };
+        let (query, key, value) = (call.arg(0)?, call.arg(1)?, call.arg(2)?);
+        let (query_positions, key_positions) = (call.arg(3)?, call.arg(4)?);
+        let [out] = call.results()?;
+        let shape @ [batch, queries, heads, head_dim] = query.shape()?;
+        let [_, keys, key_heads, _] = key.shape()?;
+        expect_shape("key", key.shape()?, [batch, keys, key_heads, head_dim])?;
+        expect_shape("value", value.shape()?, [batch, keys, key_heads, head_dim])?;
+        expect_shape("query positions", query_positions.shape()?, [batch, queries])?;
+        expect_shape("key positions", key_positions.shape()?, [batch, keys])?;
+        expect_shape("result", out.shape()?, shape)?;
+        if head_dim == 0 {
+            return Err(FfiError::invalid_argument("size of a head", 0, "at least 1"));
+        }
+        if key_heads == 0 || !heads.is_multiple_of(key_heads) {
+            return Err(FfiError::invalid_argument("heads of queries", heads, format!("a multiple of {key_heads}")));
+        }
+        let sinks =
+            sinks.map(|sinks| expect_shape("sinks", sinks.shape()?, [heads]).and(floats(&sinks))).transpose()?;
+        let inputs = Attention {
+            query: floats(&query)?,
+            key: floats(&key)?,
+            value: floats(&value)?,
+            query_positions: query_positions.slice()?,
+            key_positions: key_positions.slice()?,
+            sinks,
+            batch,
+            heads,
+            key_heads,
+            head_dim,
+            scale,
+            // A query's position and all before it are no more than a uint32 holds.
+            window: (window > 0).then(|| u32::try_from(window).unwrap_or(u32::MAX)),
+        };
+        attention(Level::best(), &call.threads(), &inputs, floats_mut(out)?);
+        Ok(())
+    }
+}
+
+/// `tensorport.v1.write_slots`: array [B, S, G, D], rows [B, T, G, D] in its dtype, int32 slots [B, T] -> the array, in
+/// place.
+pub struct WriteSlots;
+
+impl Handler for WriteSlots {
+    const NAME: &'static str = "tensorport.v1.write_slots";
+    const IS_IN_PLACE: bool = true;
+
+    fn run(call: &mut Call<'_>) -> Result<()> {
+        if call.arg_count() != 3 {
+            return Err(FfiError::invalid_argument("number of arguments", call.arg_count(), 3));
+        }
+        let (rows, slots) = (call.arg(1)?, call.arg(2)?);
+        let [out] = call.results()?;
+        let ([batch, _, heads, head_dim], [_, tokens, ..]) = (out.shape()?, rows.shape::<4>()?);
+        expect_shape("rows", rows.shape()?, [batch, tokens, heads, head_dim])?;
+        expect_shape("slots", slots.shape()?, [batch, tokens])?;
+        if rows.dtype() != out.dtype() {
+            return Err(FfiError::invalid_argument("rows", rows.dtype(), out.dtype()));
+        }
+        write_slots(floats_mut(out)?, floats(&rows)?, slots.slice()?, batch);
+        Ok(())
     }
 }
 

@@ -52,5 +52,7 @@ pub const TARGETS: &[Target] = &[
     Target::of::<handlers::Mxfp4ExpertMatmul>(),
     Target::of::<handlers::Mxfp4Moe>(),
     Target::of::<handlers::DenseMoe>(),
+    Target::of::<handlers::GroupedAttention>(),
+    Target::of::<handlers::WriteSlots>(),
     Target::of::<probe::Probe>(),
 ];

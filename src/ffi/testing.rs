@@ -182,13 +182,15 @@ pub struct FakeCall {
     pub stage: c_int,
     pub frame_size: usize,
     pub pool: FakePool,
+    /// Of the handler that [`FakeCall::with`] plays.
+    pub is_in_place: bool,
 }
 
 impl FakeCall {
     pub fn new(args: Vec<FakeBuffer>, results: Vec<FakeBuffer>) -> Self {
         let pool = FakePool::new(2, Start::AtOnce);
         let frame_size = size_of::<abi::CallFrame>();
-        Self { args, results, attributes: Vec::new(), stage: abi::STAGE_EXECUTE, frame_size, pool }
+        Self { args, results, attributes: Vec::new(), stage: abi::STAGE_EXECUTE, frame_size, pool, is_in_place: false }
     }
 
     /// Calls a handler; returns the code and the text of its error.
@@ -201,8 +203,9 @@ impl FakeCall {
 
     /// What `body` makes of the call.
     pub fn with<R>(&mut self, body: impl FnOnce(&mut Call<'_>) -> R) -> R {
+        let is_in_place = self.is_in_place;
         // SAFETY: the frame is as the header describes.
-        self.with_frame(|frame| body(&mut unsafe { Call::new(&*frame) }))
+        self.with_frame(|frame| body(&mut unsafe { Call::new(&*frame, is_in_place) }))
     }
 
     /// What `body` makes of the frame.

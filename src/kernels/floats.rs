@@ -11,7 +11,7 @@ pub enum Floats<'a> {
     F32(&'a [f32]),
 }
 
-impl Floats<'_> {
+impl<'a> Floats<'a> {
     /// How many there are.
     #[must_use]
     pub fn len(&self) -> usize {
@@ -25,6 +25,15 @@ impl Floats<'_> {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Those from one on.
+    #[inline(always)]
+    pub(super) fn from(&self, first: usize) -> Floats<'a> {
+        match self {
+            Self::Bf16(values) => Floats::Bf16(&values[first..]),
+            Self::F32(values) => Floats::F32(&values[first..]),
+        }
     }
 
     /// One of them, exactly.

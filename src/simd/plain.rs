@@ -117,6 +117,24 @@ impl Vectors for Plain {
     }
 
     #[inline(always)]
+    fn largest(self, a: [f32; 16]) -> f32 {
+        a.into_iter().fold(f32::NEG_INFINITY, |largest, lane| if lane > largest { lane } else { largest })
+    }
+
+    #[inline(always)]
+    fn within(self, values: [f32; 16], positions: [u32; 16], first: i32, last: i32) -> [f32; 16] {
+        std::array::from_fn(|lane| {
+            let position = positions[lane].cast_signed();
+            if first <= position && position <= last { values[lane] } else { f32::NEG_INFINITY }
+        })
+    }
+
+    #[inline(always)]
+    fn floats(self, words: [u32; 16]) -> [f32; 16] {
+        words.map(f32::from_bits)
+    }
+
+    #[inline(always)]
     fn e2m1(self, codes: [u32; 16], shift: u32) -> [f32; 16] {
         codes.map(|word| E2M1[(word >> shift & 0xf) as usize])
     }
@@ -174,6 +192,11 @@ impl Vectors for Plain {
     #[inline(always)]
     fn bf16_odd(self, words: [u32; 16]) -> [f32; 16] {
         words.map(|word| f32::from_bits(word & 0xffff_0000))
+    }
+
+    #[inline(always)]
+    fn bf16_halves(self, words: [u32; 16]) -> [[f32; 16]; 2] {
+        [0, 8].map(|half| std::array::from_fn(|lane| float(halves_of(words[half + lane / 2])[lane % 2])))
     }
 
     #[inline(always)]

@@ -1,4 +1,4 @@
-//! Vectors of 64 bytes and what the kernels for products do with them.
+//! Vectors of 64 bytes and what the kernels do with them.
 
 /// A kernel that is written in vectors.
 pub(crate) trait VectorKernel {
@@ -56,6 +56,13 @@ pub(crate) trait Vectors: Copy {
     fn scale(self, a: Self::Floats, n: Self::Floats) -> Self::Floats;
     /// The sum of all lanes, in some order.
     fn sum(self, a: Self::Floats) -> f32;
+    /// The largest of all lanes; any of them where one is NaN.
+    fn largest(self, a: Self::Floats) -> f32;
+    /// `values` where a lane's integer of `positions` is in `first ..= last`, −∞ elsewhere.
+    fn within(self, values: Self::Floats, positions: Self::Words, first: i32, last: i32) -> Self::Floats;
+
+    /// The same bits.
+    fn floats(self, words: Self::Words) -> Self::Floats;
 
     /// Values of the E2M1 codes in bits `shift` .. `shift` + 4 of each 32-bit lane.
     fn e2m1(self, codes: Self::Words, shift: u32) -> Self::Floats;
@@ -80,6 +87,8 @@ pub(crate) trait Vectors: Copy {
     fn bf16_even(self, words: Self::Words) -> Self::Floats;
     /// The upper bfloat16 of each 32-bit lane.
     fn bf16_odd(self, words: Self::Words) -> Self::Floats;
+    /// The first sixteen bfloat16, and the last.
+    fn bf16_halves(self, words: Self::Words) -> [Self::Floats; 2];
     /// In each 32-bit lane both products of bfloat16 added to `sum`. Where it is one instruction, what is subnormal
     /// counts as zero.
     #[inline(always)]

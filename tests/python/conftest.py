@@ -25,7 +25,7 @@ CHECKED_MODULES = [
     "tensorport.text.decoder",
     *(
         f"tensorport.kernels.{op}.{module}"
-        for op in ("attention", "linear", "mxfp4_matmul", "mxfp4_expert_matmul", "mxfp4_moe")
+        for op in ("attention", "linear", "mxfp4_matmul", "mxfp4_expert_matmul", "mxfp4_moe", "write_slots")
         for module in ("reference", "xla", "scaled_dot", "types", "configs")
     ),
 ]
@@ -81,6 +81,8 @@ OPS_WITH_NATIVE = (
     "test_mxfp4_moe",
     "test_dense_linear",
     "test_dense_moe",
+    "test_attention",
+    "test_write_slots",
 )
 
 

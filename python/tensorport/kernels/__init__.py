@@ -15,7 +15,8 @@ except ImportError as fault:
 import tensorport.mxfp4  # isort: skip
 import tensorport.kernels.attention.api
 import tensorport.kernels.dense_moe.api
-import tensorport.kernels.linear.api  # noqa: F401
+import tensorport.kernels.linear.api
+import tensorport.kernels.write_slots.api  # noqa: F401
 from tensorport.kernels.registry import Device, Explanation, ImplementationName, explain
 
 __all__ = ["Device", "Explanation", "ImplementationName", "explain"]

@@ -8,7 +8,7 @@ that XLA refused before the backend started would. So the backend starts first, 
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import jax
@@ -18,7 +18,7 @@ from tensorport import _core
 from tensorport.kernels.registry import Device
 from tensorport.kernels.varying import vary_alike
 
-__all__ = ["FLOATS", "as_float", "as_ids", "call", "refuses", "unavailable"]
+__all__ = ["FLOATS", "as_float", "as_ids", "call", "refuses", "unavailable", "update"]
 
 FLOATS: Final = ("bfloat16", "float32")
 """Dtypes of activations that native kernels take."""
@@ -113,13 +113,34 @@ def call(
         TypeError, OverflowError: an attribute is no scalar, or does not fit.
         jax.errors.JaxRuntimeError: when it runs and fails; says why.
     """
+    return _call(target, results, args, attributes, None)
+
+
+def update(target: str, array: jax.Array, *args: jax.Array, **attributes: int | float | np.generic) -> jax.Array:
+    """As :func:`call`, of a kernel whose result is its first argument with changes, in its memory.
+
+    XLA copies the array first where something else needs it as it was.
+    """
+    result = jax.ShapeDtypeStruct(array.shape, array.dtype)
+    out: jax.Array = _call(target, result, (array, *args), attributes, {0: 0})
+    return out
+
+
+def _call(
+    target: str,
+    results: jax.ShapeDtypeStruct | Sequence[jax.ShapeDtypeStruct],
+    args: Sequence[jax.Array],
+    attributes: Mapping[str, int | float | np.generic],
+    aliases: dict[int, int] | None,
+) -> Any:
     reason = unavailable()
     if reason is not None:
         raise NotImplementedError(f"{target}: {reason}")
     scalars = {name: _scalar(name, value) for name, value in attributes.items()}
     # JAX wants the arguments to differ alike between devices, and takes results for the same on all.
     args = vary_alike(args)
-    computed = jax.ffi.ffi_call(target, results, vmap_method="sequential")(*args, **scalars)
+    function = jax.ffi.ffi_call(target, results, vmap_method="sequential", input_output_aliases=aliases)
+    computed = function(*args, **scalars)
     return vary_alike((args, computed))[1]
 
 

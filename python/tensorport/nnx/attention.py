@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Self, overload
 
@@ -308,11 +309,14 @@ class MXFP4Attention(nnx.Module):
         query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         sinks = None if self.sinks is None else self.sinks[...]
         spec = explicit_spec(query)
+        # What XLA divides among devices it must compute itself.
+        is_divided = spec is not None and self.implementation == "auto"
+        attend_rows = partial(self._attend, implementation="xla" if is_divided else self.implementation)
         if cache is None:
-            alone = on_auto_axes(lambda *args: self._attend(*args)[0], spec)
+            alone = on_auto_axes(lambda *args: attend_rows(*args)[0], spec)
             return self.o_proj(alone(query, key, value, sinks, positions))
         both: Any = None if spec is None else (spec, jax.tree.map(_spec_of, cache))
-        mixed, cache = on_auto_axes(self._attend, both)(query, key, value, sinks, positions, cache)
+        mixed, cache = on_auto_axes(attend_rows, both)(query, key, value, sinks, positions, cache)
         return self.o_proj(mixed), cache
 
     def _attend(  # noqa: PLR0917 - for on_auto_axes
@@ -323,6 +327,8 @@ class MXFP4Attention(nnx.Module):
         sinks: Float[Array, " n"] | None,
         positions: Int32[Array, "*batch t"] | None,
         cache: AttentionCache | None = None,
+        *,
+        implementation: ImplementationName,
     ) -> tuple[Float[Array, "*batch t nd"], AttentionCache | None]:
         """What the projection o is given, and the cache with the tokens in it."""
         *batch, tokens, _ = query.shape
@@ -350,7 +356,7 @@ class MXFP4Attention(nnx.Module):
             lengths,
             None if cache is None else cache.layer,
             self.sliding_window,
-            implementation=self.implementation,
+            implementation=implementation,
         )
         mixed = mixed.reshape(*batch, tokens, self.num_attention_heads * self.head_dim)
         if layer is None:

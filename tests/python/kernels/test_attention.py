@@ -15,6 +15,7 @@ import tensorport
 from mxfp4_cases import EPSILON, float64, random_array, temporary_bytes
 from numpy.typing import NDArray
 from tensorport import kernels
+from tensorport.kernels import native
 from tensorport.kernels.attention import configs, reference, xla
 from tensorport.kernels.attention.api import attention
 from tensorport.kernels.attention.configs import Config
@@ -133,7 +134,7 @@ def test_dtypes_may_differ_and_accelerators_round_the_shares(
         wide = inputs(dtype=jnp.float64)
         query, key, value = (x.astype(dtype) for x, dtype in zip(wide[:3], dtypes, strict=True))
         args = (query, key, value, *wide[3:5], wide[5].astype(dtypes[0]))
-        found = attention(*args, sliding_window=4)
+        found = attention(*args, sliding_window=4, implementation="xla")
     assert found.dtype == dtypes[0]
     wanted, bound = expected(args, 4)
     error = np.abs(float64(found) - wanted)
@@ -470,8 +471,13 @@ def test_empty_arrays(sizes: tuple[int, int]) -> None:
 def test_which_implementation_runs_is_told() -> None:
     args = inputs()
     explained = kernels.explain(attention, *args)
-    assert (explained.op, explained.implementation) == ("attention", "xla")
-    np.testing.assert_array_equal(attention(*args), attention(*args, implementation="xla"))
+    assert (explained.op, explained.implementation) == ("attention", "native")
+    half = (args[0], args[1].astype(jnp.float16), *args[2:])
+    explained = kernels.explain(attention, *half)
+    assert explained.implementation == "xla"
+    assert explained.reasons["native"] == "found key in float16, expected one of bfloat16, float32"
+    with pytest.raises(NotImplementedError, match="attention on cpu: native: found key in float16"):
+        attention(*half, implementation="native")
     with pytest.raises(NotImplementedError, match="attention on cpu: pallas_triton: not in this version"):
         attention(*args, implementation="pallas_triton")
 
@@ -528,3 +534,81 @@ def test_heads_of_queries_are_whole_groups_and_have_a_width() -> None:
         attention(query, key[:, :, :0], value[:, :, :0], at, of)
     with pytest.raises(ValueError, match="D, the size of a head: found 0, expected at least 1"):
         attention(query[..., :0], key[..., :0], value[..., :0], at, of)
+
+
+def gpt_oss_inputs(queries: int, keys: int, *, dtype: str = "bfloat16") -> Args:
+    """One row in the sizes of gpt-oss; its last query is at the last key, and keys are in the order of a ring."""
+    key_positions = np.roll(np.arange(keys), keys // 3)[None]
+    query_positions = np.arange(keys - queries, keys)[None]
+    return (
+        random_array(1, queries, 64, 64, dtype=dtype, seed=0),
+        random_array(1, keys, 8, 64, dtype=dtype, seed=1),
+        random_array(1, keys, 8, 64, dtype=dtype, seed=2),
+        jnp.asarray(query_positions, jnp.int32),
+        jnp.asarray(key_positions, jnp.int32),
+        random_array(64, dtype=dtype, seed=3),
+    )
+
+
+class TestNative:
+    """What Rust computes on CPU."""
+
+    @pytest.mark.parametrize("sliding_window", [None, 128])
+    @pytest.mark.parametrize(("queries", "keys"), [(1, 128), (1, 1500), (40, 200)])
+    def test_sizes_of_gpt_oss(self, queries: int, keys: int, sliding_window: int | None) -> None:
+        args = gpt_oss_inputs(queries, keys)
+        run = jax.jit(partial(attention, sliding_window=sliding_window, implementation="native"))
+        assert_fits(run(*args), args, sliding_window)
+
+    @pytest.mark.parametrize("query_dtype", native.FLOATS)
+    @pytest.mark.parametrize("key_dtype", native.FLOATS)
+    @pytest.mark.parametrize("value_dtype", native.FLOATS)
+    def test_dtypes_may_differ(self, query_dtype: str, key_dtype: str, value_dtype: str) -> None:
+        query, key, value, *rest = inputs()
+        args = (query.astype(query_dtype), key.astype(key_dtype), value.astype(value_dtype), *rest)
+        found = attention(*args, implementation="native")
+        assert found.dtype == query_dtype
+        assert_fits(found, args)
+
+    def test_shares_are_not_rounded(self) -> None:
+        args = inputs(dtype="bfloat16")
+        wide = (args[0].astype(jnp.float32), *args[1:])
+        assert_fits(attention(*wide, implementation="native"), wide)
+
+    @pytest.mark.parametrize("sliding_window", [2**31 - 1, 2**31, 10**12])
+    def test_a_window_may_be_wider_than_positions_go(self, sliding_window: int) -> None:
+        query, key, value, _, _, sinks = inputs(1, 1)
+        positions = jnp.asarray([[2**31 - 1], [3]], jnp.int32), jnp.asarray([[0], [0]], jnp.int32)
+        args = (query, key, value, *positions, sinks)
+        assert_fits(attention(*args, sliding_window=sliding_window, implementation="native"), args, sliding_window)
+
+    def test_in_loops_and_in_branches(self) -> None:
+        args = inputs()
+
+        def twice(query: Any) -> Any:
+            def step(_: Any, query: Any) -> Any:
+                return attention(query, *args[1:], implementation="native")
+
+            return jax.lax.fori_loop(0, 2, step, query)
+
+        once = attention(*args)
+        np.testing.assert_array_equal(jax.jit(twice)(args[0]), attention(once, *args[1:]))
+
+    def test_second_derivatives_are_those_of_xla(self) -> None:
+        args = inputs()
+
+        def curvature(implementation: Any) -> Any:
+            def loss(query: Any) -> Any:
+                return jnp.sum(attention(query, *args[1:], implementation=implementation) ** 2)
+
+            return jax.jvp(jax.grad(loss), (args[0],), (args[0],))[1]
+
+        found, wanted = curvature("native"), curvature("xla")
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+
+    def test_arrays_on_several_devices_are_for_xla(self) -> None:
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")[:2])
+        query, *rest = inputs()
+        spread = jax.device_put(query, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x")))
+        with pytest.raises(NotImplementedError, match="native: arrays are spread over devices"):
+            attention(spread, *rest, implementation="native")

@@ -118,10 +118,11 @@ def test_it_calls_the_attention_of_the_model(monkeypatch: pytest.MonkeyPatch) ->
 
     attention = gpt_oss_model.attention  # type: ignore[attr-defined]
     monkeypatch.setattr(gpt_oss_model, "attention", spy)
-    layer_of(params(), sliding_window=WINDOW, implementation="xla")(random(3, HIDDEN))
-    assert calls == [{"sliding_window": WINDOW, "implementation": "xla"}]
-    with pytest.raises(NotImplementedError, match="native: not in this version"):
-        layer_of(params(), implementation="native")(random(3, HIDDEN))
+    for name in ("xla", "native"):
+        layer_of(params(), sliding_window=WINDOW, implementation=name)(random(3, HIDDEN))
+    assert calls == [{"sliding_window": WINDOW, "implementation": name} for name in ("xla", "native")]
+    with pytest.raises(NotImplementedError, match="pallas_triton: not in this version"):
+        layer_of(params(), implementation="pallas_triton")(random(3, HIDDEN))
 
 
 @pytest.fixture(scope="module")

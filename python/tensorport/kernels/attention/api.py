@@ -5,7 +5,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
 from tensorport.kernels.arguments import float_array, integer_array, same_size
-from tensorport.kernels.attention import xla
+from tensorport.kernels.attention import native, xla
 from tensorport.kernels.attention.types import Settings
 from tensorport.kernels.registry import Implementation, ImplementationName, Op
 
@@ -32,7 +32,12 @@ def _arguments(  # noqa: PLR0917 - the order of the op
     return query, key, value, query_positions, key_positions, sinks
 
 
-OP = Op("attention", _arguments, Implementation("xla", xla.attention))
+OP = Op(
+    "attention",
+    _arguments,
+    Implementation("native", native.attention, native.refuses, elsewhere=xla.attention),
+    Implementation("xla", xla.attention),
+)
 
 
 def attention(  # noqa: PLR0917 - arrays in the order in which every attention takes them
@@ -56,7 +61,7 @@ def attention(  # noqa: PLR0917 - arrays in the order in which every attention t
     accelerators, as flash attention does, the shares are rounded to the dtype of `value` first.
 
     What stands at position -1 is never read, be it NaN. A score of -inf is as good as a key that is not seen. But a
-    value that is NaN or infinite at a position that is there spoils all queries of its row, those before it too.
+    value that is NaN or infinite at a position that is there may spoil all queries of its row, those before it too.
 
     Args:
         query: [B, T, N, D], rotated.
@@ -71,7 +76,8 @@ def attention(  # noqa: PLR0917 - arrays in the order in which every attention t
 
     Returns:
         [B, T, N, D] in the dtype of `query`, on its device. Zero for a query that sees nothing. Differentiable in
-        reverse mode with respect to all floats; scores of a block of queries are in memory at once, for gradients all.
+        reverse mode with respect to all floats, by the implementation `xla`. That has the scores of a block of queries
+        in memory at once, for gradients all; `native` those of a few queries with a few keys.
 
     Raises:
         NotImplementedError: the named implementation cannot run here; says why.

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
+from tensorport.kernels.registry import ImplementationName
+from tensorport.kernels.write_slots.api import write_slots
 from tensorport.models.gpt_oss.config import Config, LayerType
 
 __all__ = ["Cache", "LayerCache", "empty_cache", "slots_of"]
@@ -55,6 +57,8 @@ class LayerCache(NamedTuple):
         values: Float[Array, "b t g d"],
         positions: Int32[Array, "b t"],
         lengths: Int32[Array, " b"],
+        *,
+        implementation: ImplementationName = "auto",
     ) -> "LayerCache":
         """With the tokens at `positions`; of those that meet in one slot the last, of those at -1 none.
 
@@ -63,16 +67,15 @@ class LayerCache(NamedTuple):
             values: of the tokens.
             positions: of the tokens.
             lengths: of the rows, these tokens included.
+            implementation: of :func:`tensorport.kernels.write_slots`. On a mesh it must be `xla`.
         """
         slots = self.keys.shape[1]
         stays = (positions >= 0) & (positions >= lengths[:, None] - slots)
         slot = jnp.where(stays, positions % slots, slots)
-        row = jnp.arange(keys.shape[0], dtype=jnp.int32)[:, None]
-
-        def written(cache: Array, new: Array) -> Array:
-            return cache.at[row, slot].set(new.astype(cache.dtype), mode="drop")
-
-        return LayerCache(written(self.keys, keys), written(self.values, values))
+        return LayerCache(
+            write_slots(self.keys, keys, slot, implementation=implementation),
+            write_slots(self.values, values, slot, implementation=implementation),
+        )
 
 
 class Cache(NamedTuple):

@@ -199,7 +199,9 @@ def self_attention(  # noqa: PLR0917 - what a layer hands on
     key = rotate(heads("k_proj", config.num_key_value_heads), rope)
     value = heads("v_proj", config.num_key_value_heads)
 
-    mixed, cache = attend(query, key, value, layer["sinks"], positions, lengths, cache, sliding_window)
+    mixed, cache = attend(
+        query, key, value, layer["sinks"], positions, lengths, cache, sliding_window, implementation=implementation
+    )
     mixed = mixed.reshape(*x.shape[:2], -1)
     return linear(mixed, layer["o_proj"]["weight"], layer["o_proj"]["bias"], implementation=implementation), cache
 
@@ -223,7 +225,7 @@ def attend(  # noqa: PLR0917 - as above
     if cache is None:
         keys, values, key_positions = key, value, positions
     else:
-        before, cache = cache, cache.write(key, value, positions, lengths)
+        before, cache = cache, cache.write(key, value, positions, lengths, implementation=implementation)
         keys, values, key_positions = cache.keys, cache.values, cache.positions(lengths)
         if sliding_window is not None and key.shape[1] > 1:
             # Tokens have overwritten in the ring what those before them still see.

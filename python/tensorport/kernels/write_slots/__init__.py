@@ -1,0 +1,1 @@
+"""Rows into slots of an array, such as a cache of keys."""

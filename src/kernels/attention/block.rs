@@ -1,0 +1,213 @@
+//! Blocks of keys and values: which positions they hold, and how they become rows to multiply by.
+
+use zerocopy::IntoBytes;
+
+use super::super::floats::Floats;
+use crate::simd::Vectors;
+
+/// Vectors of scores that a row of queries has in a block.
+pub(super) const VECTORS: usize = 4;
+
+/// Keys in a block.
+pub(super) const KEYS: usize = 16 * VECTORS;
+
+/// Positions from the first to the last, both among them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Span {
+    pub(super) first: i32,
+    pub(super) last: i32,
+}
+
+impl Span {
+    pub(super) const NOTHING: Self = Self { first: i32::MAX, last: -1 };
+
+    /// The least that holds all keys which are there.
+    pub(super) fn of_keys(positions: &[i32]) -> Self {
+        positions
+            .iter()
+            .filter(|&&position| position >= 0)
+            .fold(Self::NOTHING, |span, &position| span.and(Self { first: position, last: position }))
+    }
+
+    /// The least that holds both.
+    pub(super) fn and(self, other: Self) -> Self {
+        Self { first: self.first.min(other.first), last: self.last.max(other.last) }
+    }
+
+    /// Whether a position may be in both.
+    pub(super) fn meets(self, other: Self) -> bool {
+        self.first <= other.last && other.first <= self.last
+    }
+
+    /// Whether all positions of the other are in this.
+    pub(super) fn holds(self, other: Self) -> bool {
+        self.first <= other.first && other.last <= self.last
+    }
+}
+
+/// Keys and values of one head in a row of the batch: [S, G, D] from that head's first value on.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub(super) values: Floats<'a>,
+    /// From a key to the next: G · D.
+    pub(super) stride: usize,
+    /// D.
+    pub(super) head_dim: usize,
+}
+
+/// A block's keys, turned, and its values, both widened to float32.
+pub(super) struct Block {
+    /// For each dimension the vectors of all keys.
+    pub(super) keys: Vec<[f32; 16]>,
+    /// For each key the vectors of all dimensions.
+    pub(super) values: Vec<[f32; 16]>,
+    /// Of the keys; below 0 for those that are not there.
+    pub(super) positions: [[i32; 16]; VECTORS],
+    /// Whether all keys are there.
+    pub(super) is_full: bool,
+}
+
+impl Block {
+    pub(super) fn new() -> Self {
+        Self { keys: Vec::new(), values: Vec::new(), positions: [[-1; 16]; VECTORS], is_full: false }
+    }
+
+    /// Reads the block whose first key is at `start`, of keys at `positions`.
+    #[inline(always)]
+    pub(super) fn read<V: Vectors>(
+        &mut self,
+        vectors: V,
+        keys: Rows<'_>,
+        values: Rows<'_>,
+        positions: &[i32],
+        start: usize,
+    ) {
+        let positions = &positions[start..positions.len().min(start + KEYS)];
+        self.positions = [[-1; 16]; VECTORS];
+        self.positions.as_flattened_mut()[..positions.len()].copy_from_slice(positions);
+        self.is_full = self.positions.as_flattened().iter().all(|position| *position >= 0);
+        let there = self.positions.as_flattened();
+        match keys.values {
+            Floats::Bf16(all) => turn::<V, u16, 2>(vectors, all, keys, there, start, &mut self.keys),
+            Floats::F32(all) => turn::<V, f32, 1>(vectors, all, keys, there, start, &mut self.keys),
+        }
+        match values.values {
+            Floats::Bf16(all) => widen::<V, u16, 2>(vectors, all, values, there, start, &mut self.values),
+            Floats::F32(all) => widen::<V, f32, 1>(vectors, all, values, there, start, &mut self.values),
+        }
+    }
+}
+
+/// Values in memory, N vectors of float32 to 64 bytes.
+trait Stored<V: Vectors, const N: usize>: Copy {
+    /// 64 bytes of them.
+    fn load(vectors: V, row: &[Self], chunk: usize, ahead: usize) -> V::Words;
+    /// Of each 32-bit lane the values, the first of all lanes before the second.
+    fn of_lanes(vectors: V, words: V::Words) -> [V::Floats; N];
+    /// The values in their order.
+    fn in_order(vectors: V, words: V::Words) -> [V::Floats; N];
+}
+
+impl<V: Vectors> Stored<V, 2> for u16 {
+    #[inline(always)]
+    fn load(vectors: V, row: &[u16], chunk: usize, ahead: usize) -> V::Words {
+        let rest = row.get(32 * chunk..).unwrap_or_default();
+        if let Some(line) = rest.first_chunk::<32>() {
+            vectors.prefetch(zerocopy::transmute_ref!(line), 2 * ahead);
+            return vectors.load(zerocopy::transmute_ref!(line));
+        }
+        vectors.load_part(rest.as_bytes())
+    }
+
+    #[inline(always)]
+    fn of_lanes(vectors: V, words: V::Words) -> [V::Floats; 2] {
+        [vectors.bf16_even(words), vectors.bf16_odd(words)]
+    }
+
+    #[inline(always)]
+    fn in_order(vectors: V, words: V::Words) -> [V::Floats; 2] {
+        vectors.bf16_halves(words)
+    }
+}
+
+impl<V: Vectors> Stored<V, 1> for f32 {
+    #[inline(always)]
+    fn load(vectors: V, row: &[f32], chunk: usize, ahead: usize) -> V::Words {
+        let rest = row.get(16 * chunk..).unwrap_or_default();
+        if let Some(line) = rest.first_chunk::<16>() {
+            vectors.prefetch(zerocopy::transmute_ref!(line), 4 * ahead);
+            return vectors.load(zerocopy::transmute_ref!(line));
+        }
+        vectors.load_part(rest.as_bytes())
+    }
+
+    #[inline(always)]
+    fn of_lanes(vectors: V, words: V::Words) -> [V::Floats; 1] {
+        [vectors.floats(words)]
+    }
+
+    #[inline(always)]
+    fn in_order(vectors: V, words: V::Words) -> [V::Floats; 1] {
+        [vectors.floats(words)]
+    }
+}
+
+/// A key's values; none, which are read as zeros, of one that is not there.
+#[inline(always)]
+fn row_of<'a, X>(all: &'a [X], rows: &Rows<'_>, position: i32, key: usize) -> &'a [X] {
+    if position < 0 { &[] } else { &all[key * rows.stride..][..rows.head_dim] }
+}
+
+/// For each dimension the values of all keys.
+#[inline(always)]
+fn turn<V: Vectors, X: Stored<V, N>, const N: usize>(
+    vectors: V,
+    all: &[X],
+    rows: Rows<'_>,
+    positions: &[i32],
+    start: usize,
+    out: &mut Vec<[f32; 16]>,
+) {
+    let chunks = rows.head_dim.div_ceil(16 * N);
+    out.resize(chunks * 16 * N * VECTORS, [0.0; 16]);
+    for (place, positions) in positions.as_chunks::<16>().0.iter().enumerate() {
+        let first = start + 16 * place;
+        for (chunk, out) in out.chunks_exact_mut(16 * N * VECTORS).enumerate() {
+            let mut lines = [X::load(vectors, &[], 0, 0); 16];
+            for (lane, (line, position)) in lines.iter_mut().zip(positions).enumerate() {
+                let row = row_of(all, &rows, *position, first + lane);
+                *line = X::load(vectors, row, chunk, KEYS * rows.stride);
+            }
+            let turned = vectors.transpose(lines);
+            for (words, out) in turned.into_iter().zip(out.chunks_exact_mut(N * VECTORS)) {
+                let floats = X::of_lanes(vectors, words);
+                for n in 0..N {
+                    out[n * VECTORS + place] = vectors.store_f32(floats[n]);
+                }
+            }
+        }
+    }
+}
+
+/// For each key its values.
+#[inline(always)]
+fn widen<V: Vectors, X: Stored<V, N>, const N: usize>(
+    vectors: V,
+    all: &[X],
+    rows: Rows<'_>,
+    positions: &[i32],
+    start: usize,
+    out: &mut Vec<[f32; 16]>,
+) {
+    let chunks = rows.head_dim.div_ceil(16 * N);
+    out.resize(KEYS * chunks * N, [0.0; 16]);
+    for ((key, position), out) in (start..).zip(positions).zip(out.chunks_exact_mut(chunks * N)) {
+        let row = row_of(all, &rows, *position, key);
+        for (chunk, out) in out.as_chunks_mut::<N>().0.iter_mut().enumerate() {
+            let floats = X::in_order(vectors, X::load(vectors, row, chunk, KEYS * rows.stride));
+            for n in 0..N {
+                out[n] = vectors.store_f32(floats[n]);
+            }
+        }
+    }
+}
