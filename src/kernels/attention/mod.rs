@@ -36,7 +36,7 @@ pub struct Attention<'a> {
     pub query_positions: &'a [i32],
     /// [B, S]; below 0 for keys that are not there.
     pub key_positions: &'a [i32],
-    /// [N]: a logit more in the softmax of each head.
+    /// A logit more in the softmax of each of the N heads.
     pub sinks: Option<Floats<'a>>,
     /// Rows of the batch: B.
     pub batch: usize,

@@ -277,13 +277,9 @@ fn multiply<V: Vectors, const N: usize>(
     }
     let mut sums = sums;
     for n in 0..N {
-        let mut column = [[vectors.zero(); 1]; ROWS];
-        for row in 0..ROWS {
-            column[row] = [sums[row][n]];
-        }
-        let column = multiply_at_once(vectors, rows, matrix, columns, first + n, column);
-        for row in 0..ROWS {
-            [sums[row][n]] = column[row];
+        let column = [[sums[0][n]], [sums[1][n]], [sums[2][n]], [sums[3][n]]];
+        for (sums, [sum]) in zip(&mut sums, multiply_at_once(vectors, rows, matrix, columns, first + n, column)) {
+            sums[n] = sum;
         }
     }
     sums
