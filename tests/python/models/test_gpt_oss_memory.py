@@ -79,9 +79,9 @@ def test_experts_that_no_token_chooses_are_not_read(golden_hf: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory and mappings from /proc")
 def test_native_kernels_read_every_weight_where_its_file_is_mapped(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 736, "intermediate_size": 1056, "vocab_size": 32003, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 10, "num_key_value_heads": 5, "num_local_experts": 24, "num_experts_per_tok": 3}
-    source = tensorport.synthesize(tmp_path / "source", "demo", **sizes, **heads, progress=False)
+    sizes: dict[str, Any] = {"hidden_size": 736, "intermediate_size": 1056, "vocab_size": 32003, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 10, "num_key_value_heads": 5, "num_local_experts": 24, "num_experts_per_tok": 3}
+    source = tensorport.synthesize(tmp_path / "source", "demo", **sizes, progress=False)
     tensorport.convert(source, tmp_path / "tree", progress=False)
     command = [sys.executable, str(Path(__file__).parent / "mapped_worker.py"), str(tmp_path / "tree")]
     told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
