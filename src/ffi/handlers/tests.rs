@@ -27,9 +27,10 @@ struct Array {
 
 impl Array {
     fn new(dtype: i32, dims: &[i64]) -> Self {
-        let nbytes = dims.iter().try_fold(8, |nbytes: i64, &dim| nbytes.checked_mul(dim)).unwrap_or(0);
-        let words = usize::try_from(nbytes / 8).unwrap().min(1 << 17);
-        Self { dtype, dims: dims.to_vec(), memory: vec![0; words] }
+        let elems = dims.iter().try_fold(1, |elems: i64, &dim| elems.checked_mul(dim)).unwrap_or(i64::MAX);
+        let elem_bytes: i64 = if dtype == U8 { 1 } else { 4 };
+        let nbytes = elems.checked_mul(elem_bytes).filter(|&nbytes| nbytes < 1 << 17).unwrap_or(0);
+        Self { dtype, dims: dims.to_vec(), memory: vec![0; usize::try_from(nbytes).unwrap().div_ceil(8)] }
     }
 
     fn of_f32(dims: &[i64], value: f32) -> Self {
