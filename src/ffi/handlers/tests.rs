@@ -182,7 +182,8 @@ fn with_one_fault(case: &Case) -> Vec<(String, Case)> {
 fn assert_faults_are_refused<H: Handler>(mut case: Case) {
     assert_eq!(case.call::<H>(), Ok(()));
     assert!(case.results[0].floats().iter().all(|&value| value != JUNK), "not written");
-    for (what, mut faulty) in with_one_fault(&case) {
+    // Miri is slow.
+    for (what, mut faulty) in with_one_fault(&case).into_iter().step_by(if cfg!(miri) { 11 } else { 1 }) {
         if H::NAME == Linear::NAME && what == "lack of argument 2" {
             assert_eq!(faulty.call::<H>(), Ok(()), "the bias may be missing");
             continue;
@@ -206,7 +207,7 @@ fn whatever_is_wrong_with_one_array_is_refused() {
     assert_faults_are_refused::<Mxfp4Matmul>(matmul_case(2, 5, 96));
     assert_faults_are_refused::<Mxfp4ExpertMatmul>(expert_case(2, 4, 5, 96));
     assert_faults_are_refused::<DenseMoe>(dense_moe_case([2, 3, 4, 10, 7]));
-    assert_faults_are_refused::<Mxfp4Moe>(mxfp4_moe_case([2, 3, 4, 64, 96]));
+    assert_faults_are_refused::<Mxfp4Moe>(mxfp4_moe_case([2, if cfg!(miri) { 1 } else { 3 }, 4, 64, 96]));
 }
 
 #[test]
@@ -315,7 +316,7 @@ fn sums_of_nothing_are_zero() {
 fn rows_of_no_expert_become_nan() {
     assert!(expert_case(2, 0, 5, 96).values::<Mxfp4ExpertMatmul>().iter().all(|value| value.is_nan()));
     let mut case = mxfp4_moe_case([2, 3, 4, 64, 96]);
-    case.args[1] = Array::of_s32(&[2, 3], &[0, 4, 1, ELSEWHERE, ELSEWHERE, 3]);
+    case.args[1] = Array::of_s32(&[2, 3], &[ELSEWHERE, 4, ELSEWHERE, ELSEWHERE, ELSEWHERE, 3]);
     let values = case.values::<Mxfp4Moe>();
     assert!(values[..96].iter().all(|value| value.is_nan()));
     // Codes are zero: what is left is the bias of one expert.
