@@ -151,7 +151,7 @@ fn dense_moe_case(sizes @ [_, _, e, width, h]: [i64; 5]) -> Case {
 
 /// Calls that are right but for one array each: one axis larger or gone, one axis too many, another dtype, none.
 fn with_one_fault(case: &Case) -> Vec<(String, Case)> {
-    let mut faults = Vec::new();
+    let mut cases = Vec::new();
     let arrays = (0..case.args.len()).map(|index| (false, index)).chain([(true, 0)]);
     for (is_result, index) in arrays {
         let list = |case: &Case| if is_result { case.results.clone() } else { case.args.clone() };
@@ -160,7 +160,7 @@ fn with_one_fault(case: &Case) -> Vec<(String, Case)> {
             let (mut faulty, mut arrays) = (case.clone(), list(case));
             arrays.splice(index..=index, replacement.iter().cloned());
             *(if is_result { &mut faulty.results } else { &mut faulty.args }) = arrays;
-            faults.push((format!("{what} of {}{index}", if is_result { "result " } else { "argument " }), faulty));
+            cases.push((format!("{what} of {}{index}", if is_result { "result " } else { "argument " }), faulty));
         };
         for axis in 0..array.dims.len() {
             for size in [array.dims[axis] + 1, array.dims[axis] * 2, 0, 1 << 61] {
@@ -175,7 +175,7 @@ fn with_one_fault(case: &Case) -> Vec<(String, Case)> {
         push("lack", &[]);
         push("two", &[array.clone(), array.clone()]);
     }
-    faults
+    cases
 }
 
 /// Every dimension has another size.
