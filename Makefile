@@ -15,7 +15,7 @@ LIBPYTHON_DIR := $(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config
 RUST_SOURCES := $(shell find src -type f) Cargo.toml Cargo.lock pyproject.toml
 WHEEL_STAMP := dist/.built
 
-.PHONY: demo test test-rust test-arm test-python test-newest lint format bench bench-gpu clean
+.PHONY: demo test test-rust test-arm test-python test-newest lint format miri sanitize bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tensorport demo
@@ -69,6 +69,23 @@ format:
 	cargo fmt
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+# Undefined behaviour in what XLA calls and in the kernels, without vector instructions, which Miri has not. Needs a
+# nightly toolchain with miri and rust-src.
+miri:
+	cargo +nightly miri test --lib -- ffi:: kernels:: simd::
+	cargo +nightly miri test --test rust -- kernels::
+
+# The same code as the processor runs it, at every level of instructions that it has: races, and memory that is another's.
+# Needs a nightly toolchain with rust-src, for the standard library is compiled with the sanitizer too.
+SANITIZERS := thread address
+SANITIZED_TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
+sanitize:
+	set -e; for sanitizer in $(SANITIZERS); do \
+		export RUSTFLAGS=-Zsanitizer=$$sanitizer CARGO_TARGET_DIR=target/$$sanitizer; \
+		cargo +nightly test -Zbuild-std --target $(SANITIZED_TARGET) --lib -- ffi:: kernels:: simd::; \
+		cargo +nightly test -Zbuild-std --target $(SANITIZED_TARGET) --release --test rust -- kernels::; \
+	done
 
 # Some 70 minutes on two cores. BENCH_PYTHON: a Python with numpy, safetensors, ml_dtypes and perhaps torch, for the
 # scripts written by hand; BENCH_DISK: a folder on a disk.

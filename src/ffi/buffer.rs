@@ -187,6 +187,11 @@ impl<'a> Buffer<'a> {
         Ok(unsafe { slice::from_raw_parts(data.as_ptr(), self.len) })
     }
 
+    /// The error for a dtype that is none of those expected.
+    pub(super) fn unexpected_dtype(&self, expected: &str) -> FfiError {
+        FfiError::invalid_argument(self.which, self.dtype, expected)
+    }
+
     /// The elements' bytes, wherever they begin.
     pub fn bytes(&self) -> Result<&'a [u8]> {
         let nbytes = self.nbytes()?;
@@ -282,6 +287,11 @@ impl<'a> BufferMut<'a> {
     /// The size of each axis, if there are `N`.
     pub fn shape<const N: usize>(&self) -> Result<[usize; N]> {
         self.buffer.shape()
+    }
+
+    /// The error for a dtype that is none of those expected.
+    pub(super) fn unexpected_dtype(&self, expected: &str) -> FfiError {
+        self.buffer.unexpected_dtype(expected)
     }
 
     /// The elements, whose values are any until they are written.

@@ -7,7 +7,7 @@ use super::error::{FfiError, Result};
 use crate::kernels::{
     Attention, Experts, Floats, FloatsMut, Matrix, attention, expert_linear, linear, moe, write_slots,
 };
-use crate::mxfp4::BLOCK_BYTES;
+use crate::mxfp4::{BLOCK_BYTES, MX_BLOCK_SIZE};
 use crate::simd::Level;
 
 /// `tensorport.v1.linear`: x [M, K], weight bfloat16 [N, K], and maybe bias [N] -> [M, N].
@@ -19,15 +19,17 @@ impl Handler for Linear {
     const NAME: &'static str = "tensorport.v1.linear";
 
     fn run(call: &mut Call<'_>) -> Result<()> {
-        let (x, weight) = (call.arg(0)?, call.arg(1)?);
-        let bias = if call.arg_count() == 2 { None } else { Some(call.args::<3>()?[2]) };
+        let (x, weight, bias) = match call.arg_count() {
+            2 => call.args().map(|[x, weight]| (x, weight, None))?,
+            3 => call.args().map(|[x, weight, bias]| (x, weight, Some(bias)))?,
+            found => return Err(FfiError::invalid_argument("number of arguments", found, "2 or 3")),
+        };
         let [out] = call.results()?;
-        let ([m, k], [n, weight_k]) = (x.shape()?, weight.shape()?);
-        expect("K of the weight", weight_k, k)?;
+        let ([m, k], [n, _]) = (x.shape()?, weight.shape()?);
         expect_shape("result", out.shape()?, [m, n])?;
+        let weight = bf16_matrix("weight", &weight, &[n], k)?;
         let bias = bias.map(|bias| expect_shape("bias", bias.shape()?, [n]).and(floats(&bias))).transpose()?;
-        linear(Level::best(), &call.threads(), floats(&x)?, &bf16_matrix(&weight, n, k)?, bias, floats_mut(out)?);
-        Ok(())
+        run_linear(call, &x, &weight, bias, out)
     }
 }
 
@@ -42,9 +44,8 @@ impl Handler for Mxfp4Matmul {
         let [out] = call.results()?;
         let ([m, k], [n, _]) = (x.shape()?, scales.shape()?);
         expect_shape("result", out.shape()?, [m, n])?;
-        let matrix = mxfp4_matrix(&blocks, &scales, n, k)?;
-        linear(Level::best(), &call.threads(), floats(&x)?, &matrix, None, floats_mut(out)?);
-        Ok(())
+        let matrix = mxfp4_matrix("w", &blocks, &scales, &[n], k)?;
+        run_linear(call, &x, &matrix, None, out)
     }
 }
 
@@ -61,7 +62,7 @@ impl Handler for Mxfp4ExpertMatmul {
         let ([tokens, k], [experts, n, _]) = (x.shape()?, scales.shape()?);
         expect_shape("ids", ids.shape()?, [tokens])?;
         expect_shape("result", out.shape()?, [tokens, n])?;
-        let stack = mxfp4_matrix(&blocks, &scales, product(experts, n)?, k)?;
+        let stack = mxfp4_matrix("w", &blocks, &scales, &[experts, n], k)?;
         expert_linear(Level::best(), &call.threads(), floats(&x)?, &stack, experts, ids.slice()?, floats_mut(out)?);
         Ok(())
     }
@@ -79,9 +80,10 @@ impl Handler for Mxfp4Moe {
     fn run(call: &mut Call<'_>) -> Result<()> {
         let [x, indices, weights, gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias] = call.args()?;
         let sizes = MoeSizes::of(&x, &indices, &gate_up_bias)?;
-        let (gate_up_rows, down_rows) = sizes.rows()?;
-        let gate_up = mxfp4_matrix(&gate_up, &gate_up_scales, gate_up_rows, sizes.hidden)?;
-        let down = mxfp4_matrix(&down, &down_scales, down_rows, sizes.width / 2)?;
+        let (rows, k) = sizes.gate_up();
+        let gate_up = mxfp4_matrix("gate_up", &gate_up, &gate_up_scales, &rows, k)?;
+        let (rows, k) = sizes.down();
+        let down = mxfp4_matrix("down", &down, &down_scales, &rows, k)?;
         run_moe(call, &sizes, &[x, indices, weights, gate_up_bias, down_bias], gate_up, down)
     }
 }
@@ -95,9 +97,10 @@ impl Handler for DenseMoe {
     fn run(call: &mut Call<'_>) -> Result<()> {
         let [x, indices, weights, gate_up, gate_up_bias, down, down_bias] = call.args()?;
         let sizes = MoeSizes::of(&x, &indices, &gate_up_bias)?;
-        let (gate_up_rows, down_rows) = sizes.rows()?;
-        let gate_up = bf16_matrix(&gate_up, gate_up_rows, sizes.hidden)?;
-        let down = bf16_matrix(&down, down_rows, sizes.width / 2)?;
+        let (rows, k) = sizes.gate_up();
+        let gate_up = bf16_matrix("gate_up", &gate_up, &rows, k)?;
+        let (rows, k) = sizes.down();
+        let down = bf16_matrix("down", &down, &rows, k)?;
         run_moe(call, &sizes, &[x, indices, weights, gate_up_bias, down_bias], gate_up, down)
     }
 }
@@ -189,15 +192,24 @@ struct MoeSizes {
 impl MoeSizes {
     fn of(x: &Buffer<'_>, indices: &Buffer<'_>, gate_up_bias: &Buffer<'_>) -> Result<Self> {
         let ([tokens, hidden], [_, k], [experts, width]) = (x.shape()?, indices.shape()?, gate_up_bias.shape()?);
-        if !width.is_multiple_of(2) {
-            return Err(FfiError::invalid_argument("gate and up", width, "an even number"));
+        // Matrices without rows do not tell their K: from none the kernel cannot see how wide the stream is.
+        if experts == 0 {
+            return Err(FfiError::invalid_argument("experts", 0, "at least 1"));
+        }
+        if width == 0 || !width.is_multiple_of(2) {
+            return Err(FfiError::invalid_argument("width of gate_up", width, "an even number above 0"));
         }
         Ok(Self { tokens, k, hidden, experts, width })
     }
 
-    /// Rows of all experts in both layers.
-    fn rows(&self) -> Result<(usize, usize)> {
-        Ok((product(self.experts, self.width)?, product(self.experts, self.hidden)?))
+    /// Rows of the first layer's matrices, and their K.
+    fn gate_up(&self) -> ([usize; 2], usize) {
+        ([self.experts, self.width], self.hidden)
+    }
+
+    /// Rows of the second layer's matrices, and their K.
+    fn down(&self) -> ([usize; 2], usize) {
+        ([self.experts, self.hidden], self.width / 2)
     }
 }
 
@@ -224,44 +236,61 @@ fn run_moe(
     Ok(())
 }
 
-/// Blocks [..., K / 32, 16] and scales [..., K / 32] as so many rows of K.
-fn mxfp4_matrix<'a>(blocks: &Buffer<'a>, scales: &Buffer<'a>, rows: usize, k: usize) -> Result<Matrix<'a>> {
-    let (blocks, scales): (&[u8], &[u8]) = (blocks.slice()?, scales.slice()?);
-    expect("scales", scales.len(), product(rows, k / 32)?)?;
-    expect("bytes of blocks", blocks.len(), product(scales.len(), BLOCK_BYTES)?)?;
-    let matrix = Matrix::mxfp4(rows, blocks, scales);
-    if rows > 0 {
-        expect("K of the codes", matrix.columns(), k)?;
+fn run_linear(
+    call: &Call<'_>,
+    x: &Buffer<'_>,
+    matrix: &Matrix<'_>,
+    bias: Option<Floats<'_>>,
+    out: BufferMut<'_>,
+) -> Result<()> {
+    let (x, out) = (floats(x)?, floats_mut(out)?);
+    // The kernel counts the rows of x by what each gives: of nothing it cannot.
+    if !out.is_empty() {
+        linear(Level::best(), &call.threads(), x, matrix, bias, out);
     }
-    Ok(matrix)
+    Ok(())
 }
 
-/// bfloat16 [..., K] as so many rows of K.
-fn bf16_matrix<'a>(weight: &Buffer<'a>, rows: usize, k: usize) -> Result<Matrix<'a>> {
-    if weight.dtype() != DType::BF16 {
-        return Err(FfiError::invalid_argument("weight", weight.dtype(), DType::BF16));
+/// Blocks [..., K / 32, 16] and scales [..., K / 32] as rows of K; `rows` are the axes before it.
+fn mxfp4_matrix<'a>(
+    what: &str,
+    blocks: &Buffer<'a>,
+    scales: &Buffer<'a>,
+    rows: &[usize],
+    k: usize,
+) -> Result<Matrix<'a>> {
+    if !k.is_multiple_of(MX_BLOCK_SIZE) {
+        return Err(FfiError::invalid_argument(format!("K of {what}"), k, format!("a multiple of {MX_BLOCK_SIZE}")));
     }
-    let bytes = weight.bytes()?;
-    expect("bytes of the weight", bytes.len(), product(product(rows, k)?, 2)?)?;
-    Ok(Matrix::bf16(rows, k, bytes))
+    let groups = k / MX_BLOCK_SIZE;
+    expect_dims(&format!("scales of {what}"), scales, &[rows, &[groups]].concat())?;
+    expect_dims(&format!("blocks of {what}"), blocks, &[rows, &[groups, BLOCK_BYTES]].concat())?;
+    Ok(Matrix::mxfp4(product(rows)?, blocks.slice()?, scales.slice()?))
+}
+
+/// bfloat16 [..., K] as rows of K; `rows` are the axes before it.
+fn bf16_matrix<'a>(what: &str, weight: &Buffer<'a>, rows: &[usize], k: usize) -> Result<Matrix<'a>> {
+    if weight.dtype() != DType::BF16 {
+        return Err(FfiError::invalid_argument(what, weight.dtype(), DType::BF16));
+    }
+    expect_dims(what, weight, &[rows, &[k]].concat())?;
+    Ok(Matrix::bf16(product(rows)?, k, weight.bytes()?))
 }
 
 fn floats<'a>(buffer: &Buffer<'a>) -> Result<Floats<'a>> {
-    if buffer.dtype() == DType::BF16 {
-        return Ok(Floats::Bf16(buffer.slice()?));
+    match buffer.dtype() {
+        DType::BF16 => Ok(Floats::Bf16(buffer.slice()?)),
+        DType::F32 => Ok(Floats::F32(buffer.slice()?)),
+        _ => Err(buffer.unexpected_dtype("bfloat16 or float32")),
     }
-    Ok(Floats::F32(buffer.slice()?))
 }
 
 fn floats_mut(buffer: BufferMut<'_>) -> Result<FloatsMut<'_>> {
-    if buffer.dtype() == DType::BF16 {
-        return Ok(FloatsMut::Bf16(buffer.slice()?));
+    match buffer.dtype() {
+        DType::BF16 => Ok(FloatsMut::Bf16(buffer.slice()?)),
+        DType::F32 => Ok(FloatsMut::F32(buffer.slice()?)),
+        _ => Err(buffer.unexpected_dtype("bfloat16 or float32")),
     }
-    Ok(FloatsMut::F32(buffer.slice()?))
-}
-
-fn expect(what: &str, found: usize, expected: usize) -> Result<()> {
-    if found == expected { Ok(()) } else { Err(FfiError::invalid_argument(what, found, expected)) }
 }
 
 fn expect_shape<const N: usize>(what: &str, found: [usize; N], expected: [usize; N]) -> Result<()> {
@@ -271,6 +300,19 @@ fn expect_shape<const N: usize>(what: &str, found: [usize; N], expected: [usize;
     Err(FfiError::invalid_argument(what, format!("{found:?}"), format!("{expected:?}")))
 }
 
-fn product(a: usize, b: usize) -> Result<usize> {
-    a.checked_mul(b).ok_or_else(|| FfiError::invalid_argument("size", format!("{a} times {b}"), "fewer than addresses"))
+/// As [`expect_shape`], for numbers of axes that are known when it runs.
+fn expect_dims(what: &str, buffer: &Buffer<'_>, expected: &[usize]) -> Result<()> {
+    let found = buffer.dims().iter().map(|&dim| usize::try_from(dim).ok());
+    if found.eq(expected.iter().copied().map(Some)) {
+        return Ok(());
+    }
+    Err(FfiError::invalid_argument(what, format!("{:?}", buffer.dims()), format!("{expected:?}")))
 }
+
+fn product(sizes: &[usize]) -> Result<usize> {
+    let product = sizes.iter().try_fold(1, |product: usize, &size| product.checked_mul(size));
+    product.ok_or_else(|| FfiError::invalid_argument("rows", format!("{sizes:?}"), "fewer than addresses"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -128,6 +128,10 @@ def test_empty_arrays() -> None:
     assert dense_moe(args[0][:0], args[1][:0], args[2][:0], *args[3:]).shape == (0, H)
     none = dense_moe(args[0], args[1][:, :0], args[2][:, :0], *args[3:])
     np.testing.assert_array_equal(none, np.zeros((5, H)))
+    # Without values between the layers, the biases of the chosen experts are left.
+    empty = args[3][:, :0], args[4][:, :0], args[5][..., :0]
+    narrow = dense_moe(*(*args[:3], *empty, args[6]))
+    np.testing.assert_allclose(narrow, np.einsum("tk,tkh->th", args[2], args[6][args[1]]), rtol=1e-6, atol=1e-6)
 
 
 def test_jit_and_vmap_change_nothing() -> None:

@@ -136,6 +136,10 @@ def test_empty_arrays() -> None:
     assert mxfp4.moe(*none).shape == (0, H)
     no_choices = mxfp4.moe(args[0], args[1][:, :0], args[2][:, :0], *args[3:])
     np.testing.assert_array_equal(np.asarray(no_choices), np.zeros((5, H)))
+    # Without values between the layers, the biases of the chosen experts are left.
+    empty = random_weights(E, 0, H), jnp.zeros((E, 0)), random_weights(E, H, 0)
+    narrow = mxfp4.moe(*(*args[:3], *empty, args[6]))
+    np.testing.assert_allclose(narrow, np.einsum("tk,tkh->th", args[2], args[6][args[1]]), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tokens", [2, 37])

@@ -1,5 +1,9 @@
 """Weights are in memory once: no step copies them, and none decodes experts that are not in use."""
 
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +75,23 @@ def test_experts_that_no_token_chooses_are_not_read(golden_hf: Path) -> None:
         layers[str(number)] = {**layers[str(number)], "mlp": {**layers[str(number)]["mlp"], "experts": experts}}
     poisoned, _ = gpt_oss.forward({**params, "model": {**params["model"], "layers": layers}}, config, ids)
     np.testing.assert_array_equal(poisoned, logits)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads memory and mappings from /proc")
+def test_native_kernels_read_every_weight_where_its_file_is_mapped(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 736, "intermediate_size": 1056, "vocab_size": 32003, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 10, "num_key_value_heads": 5, "num_local_experts": 24, "num_experts_per_tok": 3}
+    source = tensorport.synthesize(tmp_path / "source", "demo", **sizes, progress=False)
+    tensorport.convert(source, tmp_path / "tree", progress=False)
+    command = [sys.executable, str(Path(__file__).parent / "mapped_worker.py"), str(tmp_path / "tree")]
+    told = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert told["mapped_bytes"] == told["weights_bytes"] > 200e6
+    assert len(told["in_file"]) == 4 * 19 + 3
+    assert all(told["in_file"].values())
+    # XLA itself reads few: it takes rows of the embeddings, and multiplies by vectors.
+    others = [name for name, is_handed_over in told["handed_over"].items() if not is_handed_over]
+    of_xla = re.compile(r".*norm\.weight|.*layernorm\.weight|.*\.sinks|.*embed_tokens\.weight")
+    assert [name for name in others if not of_xla.fullmatch(name)] == []
+    # A copy of one layer's experts would take 28 MB.
+    assert max(told["grown_bytes"]) < 8e6, told["grown_bytes"]
+    assert len(set(told["chosen"])) > 1

@@ -23,6 +23,8 @@ def refuses(device: Device, x: Array, router_indices: Array, router_weights: Arr
             dtype = getattr(experts, name).dtype
             if dtype != jnp.bfloat16:
                 return f"found {name} in {dtype}, expected bfloat16"
+    if not experts.down.shape[-1]:
+        return "found no values between the layers, expected some"
     return native.refuses(device, x, router_indices, router_weights, experts)
 
 
