@@ -1,8 +1,9 @@
 //! Attention of grouped queries: each reads the keys and values that it sees from memory once, block by block.
 //!
-//! Some tokens and the query heads of a key head make a tile, or of several key heads if tokens are few. A block of keys is turned and widened into buffers that
-//! stay in the cache, and all rows of the tile are worked on with them: scores, the part of the softmax that is known by
-//! now, and the mix of values. Blocks that no query of a tile sees are left out, wherever they stand.
+//! Some tokens and the query heads of a key head make a tile, or of several key heads if tokens are few. A block of keys
+//! is turned and widened into buffers that stay in the cache, and all rows of the tile are worked on with them: scores,
+//! the part of the softmax that is known by now, and the mix of values. Blocks that no query of a tile sees are left out,
+//! wherever they stand.
 //!
 //! | module | what it knows |
 //! |---|---|
