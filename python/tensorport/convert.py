@@ -11,6 +11,7 @@ from tensorport import _core
 from tensorport.errors import VerificationError
 from tensorport.progress import Progress, observe
 from tensorport.reports import ConversionReport, VerificationReport
+from tensorport.source import local_path
 
 __all__ = ["convert", "verify"]
 
@@ -47,7 +48,7 @@ def convert(
     interruption changes it. Every file appears whole or not at all.
 
     Args:
-        source: what :func:`tensorport.open` opens.
+        source: what :func:`tensorport.open` opens; an id is downloaded first.
         output: the folder to write; a new or an empty one.
         format: `numpy-direct` (or `numpy`): one npy file per tensor, which `jnp.load` reads.
         precision: `source` keeps every bit; the others cast float64, float32, float16 and bfloat16 tensors, rounding
@@ -103,23 +104,26 @@ def convert(
         "exclude": _globs("exclude", exclude),
         "on_overflow": _choice("on_overflow", on_overflow, _ON_OVERFLOW),
     }
+    workers, max_memory = _positive("workers", workers), _positive("max_memory", max_memory) or 0
+    output = _path("output", output)
+    source = local_path(source, progress)
     with observe(progress) as callback:
         try:
             report = _core.convert(
-                _path("source", source),
-                _path("output", output),
+                source,
+                output,
                 json.dumps(options),
                 resume=resume,
                 overwrite=overwrite,
                 verify=verify,
-                workers=_positive("workers", workers),
-                max_memory=_positive("max_memory", max_memory) or 0,
+                workers=workers,
+                max_memory=max_memory,
                 callback=callback,
             )
         except VerificationError as fault:
-            fault.report = VerificationReport._from_json(fault.report, Path(output))
+            fault.report = VerificationReport._from_json(fault.report, output)
             raise
-    result = ConversionReport._from_json(report, Path(output))
+    result = ConversionReport._from_json(report, output)
     for warning in result.warnings:
         python_warnings.warn(warning, stacklevel=2)
     return result
@@ -147,14 +151,12 @@ def verify(
         CheckpointError: the bytes of `source` are wrong. What is wrong with `output` is in the report.
         OSError: the system refused; FileNotFoundError where `output` does not exist.
     """
+    workers = _positive("workers", workers)
+    output = _path("output", output)
+    source = None if source is None else local_path(source, progress)
     with observe(progress) as callback:
-        text = _core.verify(
-            _path("output", output),
-            None if source is None else _path("source", source),
-            workers=_positive("workers", workers),
-            callback=callback,
-        )
-    return VerificationReport._from_json(text, Path(output))
+        text = _core.verify(output, source, workers=workers, callback=callback)
+    return VerificationReport._from_json(text, output)
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:

@@ -16,7 +16,8 @@ class ProgressEvent:
     """How far a job is.
 
     Attributes:
-        phase: `check` (re-checking an interrupted conversion), `convert`, `verify`, `read`, `load` or `synthesize`.
+        phase: `download` (its bytes are those of files, which count as tensors), `check` (re-checking an interrupted
+            conversion), `convert`, `verify`, `read`, `load` or `synthesize`.
         bytes_done: bytes of tensor data done in this phase.
         bytes_total: bytes of tensor data in this phase.
         tensors_done: tensors done in this phase.

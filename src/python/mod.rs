@@ -8,7 +8,7 @@ mod handlers;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use numpy::{PyArray1, PyReadonlyArray1};
@@ -19,7 +19,7 @@ use pyo3::types::PyDict;
 use crate::arena::ArenaPool;
 use crate::cast::OnOverflow;
 use crate::checkpoint::{self, Part, TensorSpec};
-use crate::cli::{self, Host};
+use crate::cli;
 use crate::codec;
 use crate::convert::Mode;
 use crate::dtype;
@@ -283,19 +283,40 @@ fn ffi_targets(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     handlers::targets(py)
 }
 
-/// Runs the command line. Returns the exit status.
+/// Runs the command line. `local_path` takes a source and returns the path that it names; what it raises is raised.
+/// Returns the exit status.
 #[pyfunction]
-fn run_cli(py: Python<'_>, args: Vec<OsString>) -> u8 {
-    py.detach(|| {
-        cli::run(args, Host::Python, &mut || {
-            // The handler's exception is dropped: the command line says itself that it was interrupted.
-            if Python::attach(|py| py.check_signals().is_err()) {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        })
-    })
+fn run_cli(py: Python<'_>, args: Vec<OsString>, local_path: Py<PyAny>) -> PyResult<u8> {
+    let mut host = PythonHost { local_path, raised: None };
+    let status = py.detach(|| cli::run(args, &mut host));
+    host.raised.map_or(Ok(status), Err)
+}
+
+/// The entry point of the Python package.
+struct PythonHost {
+    local_path: Py<PyAny>,
+    /// What `local_path` raised.
+    raised: Option<PyErr>,
+}
+
+impl cli::Host for PythonHost {
+    fn name(&self) -> &'static str {
+        "Python package"
+    }
+
+    fn interrupted(&mut self) -> ControlFlow<()> {
+        // The handler's exception is dropped: the command line says itself that it was interrupted.
+        if Python::attach(|py| py.check_signals().is_err()) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+
+    fn local_path(&mut self, source: &Path) -> Result<Option<PathBuf>> {
+        let found = Python::attach(|py| self.local_path.call1(py, (source.as_os_str(),))?.extract(py));
+        Ok(found.map_err(|exception| self.raised = Some(exception)).ok())
+    }
 }
 
 /// Runs a job without the GIL; signals and the callback get it back now and then. Their exceptions stop the job.

@@ -18,6 +18,7 @@ from tensorport.models.gpt_oss.params import load_model_params
 from tensorport.models.gpt_oss.sharding import sharding_rules
 from tensorport.models.language_model import LanguageModel, load_model, read_config
 from tensorport.models.registry import architecture_of
+from tensorport.source import local_path
 
 __all__ = [
     "Cache",
@@ -41,6 +42,7 @@ def load(source: str | os.PathLike[str], **options: Any) -> LanguageModel:
     Raises:
         CheckpointError: the checkpoint is of another kind; and what `load_model` raises.
     """
+    source = local_path(source, options.get("progress", False))
     fields, file = read_config(source)
     found = architecture_of(fields, str(file)).model_type
     if found != "gpt_oss":
