@@ -50,19 +50,22 @@ def is_transient(fault: Exception) -> bool:
 _REFUSALS: Final[tuple[tuple[type[Exception], str], ...]] = (
     (
         GatedRepoError,
-        "a gated repository, expected access to it: accept its terms at {hub}/{repo}, then log in with `hf auth login` or "
-        "set HF_TOKEN",
+        "a gated repository, expected access to it: accept its terms at {hub}/{repo}, then log in with `hf auth login` "
+        "or set HF_TOKEN",
     ),
     (
         RepositoryNotFoundError,
-        "no such file or folder, and no repository {repo} at {hub}, expected a path or an id; a private repository needs "
-        "`hf auth login` or HF_TOKEN",
+        "no such file or folder, and no repository {repo} at {hub}, expected a path or an id; a private repository "
+        "needs `hf auth login` or HF_TOKEN",
     ),
     (RevisionNotFoundError, "no revision {revision!r} of {repo} at {hub}, expected a branch, a tag or a commit"),
     (EntryNotFoundError, "404 for a file that {repo} lists at {hub}, expected the file"),
     (DisabledRepoError, "that {hub} has disabled {repo}, expected one that can be read"),
 )
-_NO_ACCESS: Final = "{status} at {hub}, expected access to {repo}: log in with `hf auth login` or set HF_TOKEN, to a token that may read it"
+_NO_ACCESS: Final = (
+    "{status} at {hub}, expected access to {repo}: log in with `hf auth login` or set HF_TOKEN, with a token that may "
+    "read it"
+)
 
 
 def explained(hub_id: HubId, fault: Exception) -> Exception:
@@ -85,8 +88,8 @@ def explained(hub_id: HubId, fault: Exception) -> Exception:
     if isinstance(fault, OSError) and not isinstance(fault, HfHubHTTPError) and not is_transient(fault):
         return fault
     return ConnectionError(
-        f"{hub_id}: found no such file or folder, no whole copy of {repo} in {cache} and no answer of {hub} as it should "
-        f"be ({words_of(fault)}), expected one of them: what came so far is kept, and goes on where it stopped"
+        f"{hub_id}: found no such file or folder, no whole copy of {repo} in {cache} and no answer of {hub} as it "
+        f"should be ({words_of(fault)}), expected one of them: what came so far is kept, and goes on where it stopped"
     )
 
 

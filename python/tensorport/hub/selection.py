@@ -62,9 +62,10 @@ def select(where: str, names: Collection[str], read: Callable[[str], bytes]) -> 
                 f"{where}: found no {shown}, expected the {len(tensor_files)} files that {file} names"
             )
     if not tensor_files:
-        shown = [name for name in top if name not in side_files] or top or sorted(names)
+        others = [name for name in top if name not in side_files] or top or sorted(names)
+        shown = f"{', '.join(others[:5]) or 'no files'}{', ...' * (len(others) > 5)}"
         raise CheckpointError(
-            f"{where}: found no *.safetensors among {', '.join(shown[:5]) or 'no files'}{', ...' * (len(shown) > 5)}, "
+            f"{where}: found no *.safetensors among {shown}, "
             "expected safetensors files, an index of them, or a converted tree with its manifest.json"
         )
     if listing is None:
