@@ -157,6 +157,26 @@ struct ConvertArgs {
     json: bool,
 }
 
+impl ConvertArgs {
+    fn options(&self) -> Options {
+        Options {
+            format: self.format,
+            precision: self.precision,
+            mxfp4: self.mxfp4,
+            quantize: self.quantize.clone(),
+            scale_rule: self.scale_rule,
+            shard_size: self.shard_size,
+            include: self.include.clone(),
+            exclude: self.exclude.clone(),
+            on_overflow: self.on_overflow.into(),
+        }
+    }
+
+    fn resources(&self) -> Resources {
+        Resources { max_memory: self.max_memory, ..Resources::default() }.with_workers(self.workers)
+    }
+}
+
 #[derive(Debug, Args)]
 struct VerifyArgs {
     /// The converted tree
@@ -179,7 +199,6 @@ struct VerifyArgs {
 #[derive(Debug, Args)]
 struct InspectArgs {
     /// A .safetensors file, a directory of them, a converted tree, or org/name[@revision][/subfolder]
-    #[arg(value_name = "DIR|FILE|HUB_ID")]
     path: PathBuf,
     /// Read every tensor: min, max, mean, std, NaN and Inf counts
     #[arg(long)]
@@ -245,7 +264,12 @@ fn dispatch(cli: Cli, host: &mut dyn Host) -> Result<u8> {
         return print(&format!("tensorport {} ({})\n", env!("CARGO_PKG_VERSION"), host.name()));
     }
     let source = match &cli.command {
-        Some(Command::Convert(args)) => Some(&args.input),
+        Some(Command::Convert(args)) => {
+            // Before anything is downloaded.
+            args.options().settled()?;
+            args.resources().pool()?;
+            Some(&args.input)
+        }
         Some(Command::Verify(args)) => args.source.as_ref(),
         Some(Command::Inspect(args)) => Some(&args.path),
         _ => None,
@@ -267,20 +291,8 @@ fn dispatch(cli: Cli, host: &mut dyn Host) -> Result<u8> {
         None => Ok(USAGE),
         Some(Command::Convert(args)) => {
             let source = source.unwrap_or(&args.input);
-            let options = Options {
-                format: args.format,
-                precision: args.precision,
-                mxfp4: args.mxfp4,
-                quantize: args.quantize,
-                scale_rule: args.scale_rule,
-                shard_size: args.shard_size,
-                include: args.include,
-                exclude: args.exclude,
-                on_overflow: args.on_overflow.into(),
-            };
+            let (options, resources) = (args.options(), args.resources());
             let mode = Mode { resume: args.resume, overwrite: args.overwrite, verify: !args.skip_verify };
-            let resources =
-                Resources { max_memory: args.max_memory, ..Resources::default() }.with_workers(args.workers);
             let report = convert::convert(source, &args.output, &options, mode, resources, &mut observer)?;
             bar.clear();
             for warning in &report.warnings {
