@@ -4,11 +4,13 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use crate::arrivals::Arrivals;
 use crate::cast::OnOverflow;
 use crate::checkpoint::Checkpoint;
 use crate::convert::{self, ConversionReport, Mode, Quantized};
@@ -39,15 +41,26 @@ pub trait Host {
     fn interrupted(&mut self) -> ControlFlow<()>;
 
     /// The path that a source names, which may be the id of a repository; None where the host says what is wrong.
-    fn local_path(&mut self, source: &Path) -> Result<Option<PathBuf>>;
+    ///
+    /// `may_arrive`: files may be stand-ins for what is on its way.
+    fn local_path(&mut self, source: &Path, may_arrive: bool) -> Result<Option<LocalSource>>;
+}
+
+/// A source on this machine.
+#[derive(Debug)]
+pub struct LocalSource {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What tells of its files, where they are still on their way.
+    pub arrivals: Option<Arc<Arrivals>>,
 }
 
 /// What the binary of `cargo install` says of a source that is no path: it reads no hub.
-pub fn path_alone(source: &Path) -> Result<PathBuf> {
+pub fn path_alone(source: &Path) -> Result<LocalSource> {
     let fault = match std::fs::symlink_metadata(source) {
         Err(fault) if fault.kind() == io::ErrorKind::NotFound => fault,
         // Opening it says what else is wrong.
-        _ => return Ok(source.to_path_buf()),
+        _ => return Ok(LocalSource { path: source.to_path_buf(), arrivals: None }),
     };
     let text = source.to_string_lossy();
     if source.is_relative() && text.contains('/') && !text.starts_with('.') {
@@ -276,12 +289,13 @@ fn dispatch(cli: Cli, host: &mut dyn Host) -> Result<u8> {
     };
     let source = match source {
         None => None,
-        Some(source) => match host.local_path(source)? {
+        Some(source) => match host.local_path(source, matches!(cli.command, Some(Command::Convert(_))))? {
             None => return Ok(FAILED),
-            path => path,
+            source => source,
         },
     };
-    let source = source.as_deref();
+    let arrivals = source.as_ref().and_then(|source| source.arrivals.as_ref());
+    let source = source.as_ref().map(|source| source.path.as_path());
     let mut bar = Bar::default();
     let mut observer = |event: &Event<'_>| {
         bar.show(event);
@@ -293,7 +307,8 @@ fn dispatch(cli: Cli, host: &mut dyn Host) -> Result<u8> {
             let source = source.unwrap_or(&args.input);
             let (options, resources) = (args.options(), args.resources());
             let mode = Mode { resume: args.resume, overwrite: args.overwrite, verify: !args.skip_verify };
-            let report = convert::convert(source, &args.output, &options, mode, resources, &mut observer)?;
+            let report =
+                convert::convert_arriving(source, arrivals, &args.output, &options, mode, resources, &mut observer)?;
             bar.clear();
             for warning in &report.warnings {
                 complain(&format!("warning: {warning}"));

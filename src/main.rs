@@ -4,10 +4,10 @@
 mod signals;
 
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
-use tensorport::cli::{self, Host};
+use tensorport::cli::{self, Host, LocalSource};
 use tensorport::error::Result;
 
 /// This program, and what it asks whether to stop.
@@ -22,7 +22,7 @@ impl<F: FnMut() -> ControlFlow<()>> Host for Binary<F> {
         self.0()
     }
 
-    fn local_path(&mut self, source: &Path) -> Result<Option<PathBuf>> {
+    fn local_path(&mut self, source: &Path, _: bool) -> Result<Option<LocalSource>> {
         cli::path_alone(source).map(Some)
     }
 }

@@ -14,7 +14,7 @@ from tensorport import _core
 from tensorport.commands import COMMANDS
 from tensorport.errors import TensorportError
 from tensorport.reports import printable
-from tensorport.source import local_path
+from tensorport.source import LocalSource, arriving_source, local_path
 
 __all__ = ["main", "program"]
 
@@ -79,7 +79,7 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.flush()
     try:
         if not arguments or arguments[0] not in COMMANDS:
-            return _core.run_cli(arguments, _local_path)
+            return _run_core(arguments)
         command = importlib.import_module(f"tensorport.commands.{arguments[0]}")
         status: int = command.run(arguments[1:])
         if sys.stdout is not None:
@@ -101,9 +101,24 @@ def _run(arguments: list[str]) -> int:
         return 1
 
 
-def _local_path(source: str) -> Path:
+def _run_core(arguments: list[str]) -> int:
     is_shown = sys.stderr is not None and sys.stderr.isatty()
-    return local_path(source, is_shown)
+    opened: list[LocalSource] = []
+
+    def open_source(source: str, may_arrive: bool) -> tuple[Path, _core.Arrivals | None]:
+        if not may_arrive:
+            return local_path(source, is_shown), None
+        opened.append(arriving_source(source, is_shown))
+        return opened[-1].path, opened[-1].arrivals
+
+    try:
+        status = _core.run_cli(arguments, open_source)
+        for source in opened if status == 0 else []:
+            source.finish()
+        return status
+    finally:
+        for source in opened:
+            source.close()
 
 
 def _complain(fault: Exception) -> None:

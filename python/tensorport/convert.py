@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from tensorport import _core
-from tensorport.errors import VerificationError
+from tensorport.errors import CheckpointError, VerificationError
 from tensorport.progress import Progress, observe
 from tensorport.reports import ConversionReport, VerificationReport
-from tensorport.source import local_path
+from tensorport.source import arriving_source, local_path
 
 __all__ = ["convert", "verify"]
 
@@ -48,7 +48,7 @@ def convert(
     interruption changes it. Every file appears whole or not at all.
 
     Args:
-        source: what :func:`tensorport.open` opens; an id is downloaded first.
+        source: what :func:`tensorport.open` opens. What an id names is converted while it is downloaded.
         output: the folder to write; a new or an empty one.
         format: `numpy-direct` (or `numpy`): one npy file per tensor, which `jnp.load` reads.
         precision: `source` keeps every bit; the others cast float64, float32, float16 and bfloat16 tensors, rounding
@@ -106,11 +106,10 @@ def convert(
     }
     workers, max_memory = _positive("workers", workers), _positive("max_memory", max_memory) or 0
     output = _path("output", output)
-    source = local_path(source, progress)
-    with observe(progress) as callback:
+    with arriving_source(source, progress) as arriving, observe(progress) as callback:
         try:
             report = _core.convert(
-                source,
+                arriving.path,
                 output,
                 json.dumps(options),
                 resume=resume,
@@ -118,11 +117,16 @@ def convert(
                 verify=verify,
                 workers=workers,
                 max_memory=max_memory,
-                callback=callback,
+                callback=arriving.watched(callback),
+                arrivals=arriving.arrivals,
             )
         except VerificationError as fault:
             fault.report = VerificationReport._from_json(fault.report, output)
             raise
+        except CheckpointError:
+            arriving.raise_fault()
+            raise
+        arriving.finish()
     result = ConversionReport._from_json(report, output)
     for warning in result.warnings:
         python_warnings.warn(warning, stacklevel=2)

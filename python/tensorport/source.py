@@ -1,13 +1,17 @@
 """What a `source` names: a path, or with the extra `hub` a repository. The one place that tells them apart."""
 
 import errno
+import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from tensorport import _core
 from tensorport.hub.ids import SCHEME, HubId, parse
 from tensorport.progress import Progress
 
-__all__ = ["local_path"]
+__all__ = ["LocalSource", "arriving_source", "local_path"]
 
 
 class _SourceNotFoundError(FileNotFoundError):
@@ -35,6 +39,57 @@ def local_path(source: str | os.PathLike[str], progress: Progress = False, *, na
         ImportError: it is an id, and the extra `hub` is not installed.
         ValueError: it is empty, or `hf://` stands before what is no id.
     """
+    found = _parsed(source, name)
+    if isinstance(found, Path):
+        return found
+    downloaded: Path = _hub("snapshot", found).download(found, progress)
+    return downloaded
+
+
+class LocalSource:
+    """A source on this machine, or of which a part is still on its way. A context manager, which stops what is.
+
+    Attributes:
+        path: where it is.
+        arrivals: what tells of its files; None where all are here.
+    """
+
+    arrivals: _core.Arrivals | None = None
+
+    def __init__(self, path: Path) -> None:
+        """A source that is here."""
+        self.path = path
+
+    def watched(self, callback: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        """A callback of a job that tells of the download, too."""
+        return callback
+
+    def finish(self) -> None:
+        """Nothing more is needed than what came."""
+
+    def raise_fault(self) -> None:
+        """Raises what ended the download, if something did."""
+
+    def close(self) -> None:
+        """Stops what is on its way, and lets go of what was made for it."""
+
+    def __enter__(self) -> "LocalSource":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def arriving_source(source: str | os.PathLike[str], progress: Progress = False) -> LocalSource:
+    """As :func:`local_path`, for a conversion: what it names on a hub may be on its way while it is read."""
+    found = _parsed(source, "source")
+    if isinstance(found, Path):
+        return LocalSource(found)
+    arriving: LocalSource = _hub("arriving", found).arriving(found, progress)
+    return arriving
+
+
+def _parsed(source: str | os.PathLike[str], name: str) -> Path | HubId:
     text = os.fspath(source)
     # Path("") is the current folder, which an unset variable should not mean.
     if not text:
@@ -48,12 +103,11 @@ def local_path(source: str | os.PathLike[str], progress: Progress = False, *, na
     if not is_forced and _exists(path):
         return path
     try:
-        hub_id = parse(source)
+        return parse(source)
     except ValueError as fault:
         if is_forced:
             raise ValueError(f"{name}: found {source!r}, expected {SCHEME}{_FORM}: {fault}") from None
         raise _missing(source, str(fault)) from None
-    return _download(hub_id, progress)
 
 
 _FORM = "org/name[@revision][/subfolder]"
@@ -74,9 +128,9 @@ def _missing(text: str, reason: str) -> _SourceNotFoundError:
     return _SourceNotFoundError(errno.ENOENT, message, text)
 
 
-def _download(hub_id: HubId, progress: Progress) -> Path:
+def _hub(module: str, hub_id: HubId) -> Any:
+    """A module of the extra."""
     try:
-        from tensorport.hub.snapshot import download  # noqa: PLC0415 - an extra
+        return importlib.import_module(f"tensorport.hub.{module}")
     except ImportError as fault:
         raise ImportError(f"{hub_id}: found no such file or folder, and {fault}") from fault
-    return download(hub_id, progress)

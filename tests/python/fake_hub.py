@@ -32,7 +32,8 @@ class Fault:
         end: `reset` of the connection, `close` of it, or a `stall` until the hub closes.
         ignores_range: the whole file though a part was asked for.
         pause_s: before each 64 KiB of the body.
-        flips: a bit of the last byte.
+        content: other bytes in place of the file's.
+        until: nothing is sent before it is set.
     """
 
     status: int | None = None
@@ -41,7 +42,8 @@ class Fault:
     end: str = "reset"
     ignores_range: bool = False
     pause_s: float = 0
-    flips: bool = False
+    content: bytes | None = None
+    until: threading.Event | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class FakeHub:
         branches: by `org/name` and branch or tag the commit.
         gates: by `org/name` the token that may read files.
         private: by `org/name` the token without which there is no such repository.
-        faults: by path of a file, or `api`, what goes wrong in the next answers, one after the other.
+        faults: by path of a file, by path and ` header`, or by `api`, what goes wrong in the next answers, in turn.
         requests: all requests, in order.
         sent: the file of each request for content, and which part of it was asked for.
     """
@@ -89,12 +91,12 @@ class FakeHub:
         return commit
 
     def downloads(self) -> list[str]:
-        """Names of the files whose content was asked for, once for each time, sorted."""
-        return sorted(name for name, _ in self.sent)
+        """Names of the files whose content was asked for beyond their headers, once for each time, sorted."""
+        return sorted(name for name, part in self.sent if not (part or "").startswith("bytes=0-"))
 
     def ranges(self, name: str) -> list[str | None]:
-        """Which part of a file was asked for, each time."""
-        return [part for file, part in self.sent if file == name]
+        """Which part of a file was asked for, each time but those for its header."""
+        return [part for file, part in self.sent if file == name and not (part or "").startswith("bytes=0-")]
 
     def take_fault(self, key: str) -> Fault | None:
         with self._lock:
@@ -210,19 +212,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _send_file(self, name: str, content: bytes, headers: Mapping[str, str]) -> None:
         fault = None
         if self.command == "GET":
-            self.hub.sent.append((name, self.headers.get("Range")))
-            fault = self.hub.take_fault(name)
+            part = self.headers.get("Range")
+            self.hub.sent.append((name, part))
+            is_header = (part or "").startswith("bytes=0-")
+            fault = self.hub.take_fault(f"{name} header" if is_header else name)
         if fault is not None and fault.status is not None:
             self._send_error(fault.status, fault.code)
             return
-        if fault is not None and fault.flips:
-            content = content[:-1] + bytes([content[-1] ^ 1])
+        if fault is not None and fault.content is not None:
+            content = fault.content
         status, more = 200, {"Accept-Ranges": "bytes"}
-        match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if match and not (fault and fault.ignores_range):
             begin, size = int(match[1]), len(content)
-            status, more = 206, {"Content-Range": f"bytes {begin}-{size - 1}/{size}"}
-            content = content[begin:]
+            content = content[begin : int(match[2] or size) + 1]
+            status, more = 206, {"Content-Range": f"bytes {begin}-{begin + len(content) - 1}/{size}"}
         self._send(status, {**headers, **more}, content, fault)
 
     def _send_json(self, value: Any) -> None:
@@ -242,6 +246,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self._send_body(body, fault or Fault())
 
     def _send_body(self, body: bytes, fault: Fault) -> None:
+        while fault.until is not None and not (fault.until.wait(0.02) or self.hub.closing.is_set()):
+            pass
         end = len(body) if fault.sent is None else fault.sent
         for begin in range(0, end, 1 << 16):
             if self.hub.closing.wait(fault.pause_s) and fault.pause_s:

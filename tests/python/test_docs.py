@@ -1,7 +1,8 @@
 """The Python blocks of the documentation run as they stand, and print what the text blocks behind them say.
 
 The blocks of a page run from top to bottom in one namespace, in a process of their own, in a temporary folder with the
-checkpoints that the pages name, on disk and on a hub on 127.0.0.1, with warnings as errors. A block behind `<!-- not run: reason -->` is skipped.
+checkpoints that the pages name, on disk and on a hub on 127.0.0.1, with warnings as errors. A block behind
+`<!-- not run: reason -->` is skipped.
 """
 
 import dataclasses

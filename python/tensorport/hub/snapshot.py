@@ -1,7 +1,8 @@
 """A repository's checkpoint as a folder of the local cache: asked for, chosen, downloaded, or found there."""
 
+import contextlib
 import warnings as python_warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,7 +22,7 @@ from tensorport.hub.selection import select
 from tensorport.hub.transfer import RemoteFile, Transfer, patient
 from tensorport.progress import Progress, observe
 
-__all__ = ["download"]
+__all__ = ["HubCheckpoint", "download", "explaining", "find"]
 
 _MAX_INDEX_BYTES: Final = 100_000_000
 """Of an index or a manifest; headers may be as long."""
@@ -45,6 +46,18 @@ def download(hub_id: HubId, progress: Progress = False) -> Path:
         ConnectionError: the hub does not answer, and the cache has no whole copy.
         OSError: the system refused.
     """
+    found = find(hub_id)
+    with explaining(hub_id):
+        found.bring(found.missing(found.selection.side_files + found.selection.tensor_files), progress)
+    found.remember()
+    return found.folder
+
+
+def find(hub_id: HubId) -> "HubCheckpoint":
+    """What the hub has, with its index read; or the copy in the cache where it does not answer.
+
+    Raises what :func:`download` raises.
+    """
     cached = _cached(hub_id)
     try:
         info = _ask(hub_id, is_patient=cached is None)
@@ -54,12 +67,21 @@ def download(hub_id: HubId, progress: Progress = False) -> Path:
         if not isinstance(fault, OfflineModeIsEnabled):
             python_warnings.warn(
                 f"{hub_id}: {constants.ENDPOINT} does not answer as it should ({words_of(fault)}), so the copy in the "
-                f"cache is used: {cached}",
+                f"cache is used: {cached.folder}",
                 stacklevel=2,
             )
         return cached
+    if info.sha is None or info.siblings is None:
+        raise CheckpointError(f"{hub_id}: found an answer without commit or files, expected both")
+    with explaining(hub_id):
+        return HubCheckpoint(hub_id, info.sha, [RemoteFile(file.rfilename, file.size) for file in info.siblings])
+
+
+@contextlib.contextmanager
+def explaining(hub_id: HubId) -> Iterator[None]:
+    """Says in our words what the hub and the network raise."""
     try:
-        return _Download(hub_id, info).run(progress)
+        yield
     except HUB_FAULTS as fault:
         raised = explained(hub_id, fault)
         if raised is fault:
@@ -78,35 +100,42 @@ def _ask(hub_id: HubId, *, is_patient: bool) -> ModelInfo:
     return patient(ask) if is_patient else ask()
 
 
-def _cached(hub_id: HubId) -> Path | None:
-    """The folder in the cache of the commit that was current last, if it is whole."""
+def _cached(hub_id: HubId) -> "HubCheckpoint | None":
+    """The copy in the cache of the commit that was current last, if it is whole."""
     cache = CachedRepo(hub_id.repo)
     commit = cache.commit_of(hub_id.revision)
     if commit is None:
         return None
-    folder = cache.snapshot(commit) / hub_id.subfolder
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    top = cache.snapshot(commit)
+    paths = [path for path in top.rglob("*") if path.is_file()]
     try:
-        select(str(hub_id), names, lambda name: (folder / name).read_bytes())
+        files = [RemoteFile(path.relative_to(top).as_posix(), path.stat().st_size) for path in paths]
+        return HubCheckpoint(hub_id, commit, files)
     except CheckpointError:
         return None
-    return folder
 
 
-class _Download:
-    """The way from the hub's answer to a whole folder."""
+class HubCheckpoint:
+    """A checkpoint of a repository, at a commit.
 
-    def __init__(self, hub_id: HubId, info: ModelInfo) -> None:
-        if info.sha is None or info.siblings is None:
-            raise CheckpointError(f"{hub_id}: found an answer without commit or files, expected both")
+    Attributes:
+        cache: the repository in the cache.
+        commit: its hash.
+        folder: where the files of the checkpoint are in the cache, once they are.
+        files: what the folder has, by names relative to it; in the cache alone if the hub does not answer.
+        selection: which of them make the checkpoint.
+    """
+
+    def __init__(self, hub_id: HubId, commit: str, files: Sequence[RemoteFile]) -> None:
+        """Reads the index among the files of the commit; brings it, where it has to."""
         self._hub_id = hub_id
-        self._cache = CachedRepo(hub_id.repo)
-        self._commit = info.sha
-        self._folder = self._cache.snapshot(info.sha) / hub_id.subfolder
-        self._files = self._in_subfolder([RemoteFile(file.rfilename, file.size) for file in info.siblings])
+        self.cache = CachedRepo(hub_id.repo)
+        self.commit = commit
+        self.folder = self.cache.snapshot(commit) / hub_id.subfolder
+        self.files = self._in_subfolder(files)
+        self.selection = select(str(hub_id), self.files, self._read)
 
-    def _in_subfolder(self, files: list[RemoteFile]) -> Mapping[str, RemoteFile]:
-        """The files below the subfolder, by their names there."""
+    def _in_subfolder(self, files: Sequence[RemoteFile]) -> Mapping[str, RemoteFile]:
         prefix = f"{self._hub_id.subfolder}/" if self._hub_id.subfolder else ""
         below = {file.path.removeprefix(prefix): file for file in files if file.path.startswith(prefix)}
         if not below and prefix:
@@ -116,20 +145,24 @@ class _Download:
         # What leads out of a folder is nothing that a hub lists.
         return {name: file for name, file in below.items() if is_plain(name)}
 
-    def run(self, progress: Progress) -> Path:
-        selection = select(str(self._hub_id), self._files, self._read)
-        wanted = [self._files[name] for name in (*selection.side_files, *selection.tensor_files)]
-        missing = [file for file in wanted if not (self._cache.snapshot(self._commit) / file.path).exists()]
-        if missing:
+    def missing(self, names: Sequence[str]) -> list[RemoteFile]:
+        """Those of these files that are not in the cache."""
+        return [self.files[name] for name in names if not (self.folder / name).exists()]
+
+    def bring(self, files: Sequence[RemoteFile], progress: Progress = False) -> None:
+        """Brings files into the cache."""
+        if files:
             with observe(progress) as callback:
-                Transfer(self._cache, self._commit, missing).run(callback)
-        self._cache.remember(self._hub_id.revision, self._commit)
-        return self._folder
+                Transfer(self.cache, self.commit, files).run(callback)
+
+    def remember(self) -> None:
+        """Notes that all of this commit is here: from now on it is what the revision is without a network."""
+        self.cache.remember(self._hub_id.revision, self.commit)
 
     def _read(self, name: str) -> bytes:
-        file = self._files[name]
+        file = self.files[name]
         if (file.nbytes or 0) > _MAX_INDEX_BYTES:
             found = f"{file.nbytes} bytes"
             raise CheckpointError(f"{self._hub_id}/{name}: found {found}, expected at most {_MAX_INDEX_BYTES}")
-        Transfer(self._cache, self._commit, [file]).run(None)
-        return (self._folder / name).read_bytes()
+        self.bring(self.missing([name]))
+        return (self.folder / name).read_bytes()

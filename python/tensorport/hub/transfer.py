@@ -21,13 +21,20 @@ from tqdm import tqdm
 from tensorport.hub.cache import CachedRepo
 from tensorport.hub.faults import HUB_FAULTS, is_transient
 
-__all__ = ["RemoteFile", "Transfer", "patient"]
+__all__ = ["RemoteFile", "Transfer", "header_bytes", "patient", "read_header"]
 
 _CONNECTIONS: Final = 4
 """Files at once. More fill no line that these do not, and the first files would come later."""
 
 _RESUMED_BYTES: Final = 1_000_000
 """Smaller files are begun anew."""
+
+_LENGTH_BYTES: Final = 8
+_MAX_HEADER_BYTES: Final = 100_000_000
+"""As src/header.rs has them."""
+
+_HEADER_GUESS_BYTES: Final = 1 << 17
+"""Most headers are shorter; what is longer is asked for once more."""
 
 _TRIES: Final = 5
 """Without a byte of progress."""
@@ -77,54 +84,79 @@ def patient(
 
 
 class Transfer:
-    """Files of one commit on their way into the cache."""
+    """Files of one commit on their way into the cache.
 
-    def __init__(self, cache: CachedRepo, commit: str, files: Sequence[RemoteFile]) -> None:
-        """Plans to bring `files`, in their order."""
+    Attributes:
+        fault: what ended it, if something did.
+    """
+
+    def __init__(
+        self,
+        cache: CachedRepo,
+        commit: str,
+        files: Sequence[RemoteFile],
+        *,
+        arrived: Callable[[RemoteFile], object] = lambda _: None,
+        failed: Callable[[BaseException], object] = lambda _: None,
+    ) -> None:
+        """Plans to bring `files`, in their order; `arrived` and `failed` are told so, on other threads."""
+        self.fault: BaseException | None = None
         self._cache = cache
         self._commit = commit
         self._files = files
+        self._arrived = arrived
+        self._failed = failed
         self._todo: queue.SimpleQueue[RemoteFile] = queue.SimpleQueue()
         for file in files:
             self._todo.put(file)
         self._stop = threading.Event()
-        self._fault: BaseException | None = None
         # By file: bytes that are here, of the try that runs.
         self._bytes_here = dict.fromkeys((file.path for file in files), 0)
-        self._files_done = 0
+        self._files_done: list[RemoteFile] = []
         self._begun_last = ""
+        self._threads = [
+            threading.Thread(target=self._work, name="tensorport-download", daemon=True)
+            for _ in range(min(_CONNECTIONS, len(files)))
+        ]
 
     def run(self, callback: Callable[..., object] | None) -> None:
-        """Brings all files; events are the caller's, on its thread.
-
-        What fails first is raised. Threads stop at their next chunk; one whose server stalls is not waited for.
-        """
-        threads = [
-            threading.Thread(target=self._work, name="tensorport-download", daemon=True)
-            for _ in range(min(_CONNECTIONS, len(self._files)))
-        ]
+        """Brings all files; events are the caller's, on its thread. What fails first is raised."""
+        self.start()
         try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive() and self._fault is None:
+            for thread in self._threads:
+                while thread.is_alive() and self.fault is None:
                     thread.join(_EVENT_S)
-                    self._tell(callback)
+                    self.tell(callback)
         finally:
-            self._stop.set()
-            give_up = time.monotonic() + _STOP_S
-            for thread in threads:
-                if thread.is_alive():
-                    thread.join(max(0, give_up - time.monotonic()))
-        if self._fault is not None:
-            raise self._fault
-        self._tell(callback)
+            self.stop()
+        if self.fault is not None:
+            raise self.fault
+        self.tell(callback)
 
-    def _tell(self, callback: Callable[..., object] | None) -> None:
+    def start(self) -> None:
+        """Begins, on threads of its own."""
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Ends what is not done yet: threads stop at their next chunk; one whose server stalls is not waited for."""
+        self._stop.set()
+        give_up = time.monotonic() + _STOP_S
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(max(0, give_up - time.monotonic()))
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all files are there."""
+        return len(self._files_done) == len(self._files)
+
+    def tell(self, callback: Callable[..., object] | None) -> None:
+        """Says how far it is."""
         if callback is not None:
             total = sum(file.nbytes or 0 for file in self._files)
             done = min(sum(self._bytes_here.values()), total)
-            callback("download", done, total, self._files_done, len(self._files), self._begun_last)
+            callback("download", done, total, len(self._files_done), len(self._files), self._begun_last)
 
     def _work(self) -> None:
         try:
@@ -132,12 +164,14 @@ class Transfer:
                 file = self._todo.get_nowait()
                 self._begun_last = file.path
                 patient(functools.partial(self._bring, file), self._pause, functools.partial(self._here, file))
-                self._files_done += 1
+                self._files_done.append(file)
+                self._arrived(file)
         except queue.Empty:
             pass
         except BaseException as fault:  # raised by `run`
-            if not isinstance(fault, _StoppedError) and self._fault is None:
-                self._fault = fault
+            if not isinstance(fault, _StoppedError) and self.fault is None:
+                self.fault = fault
+                self._failed(fault)
 
     def _here(self, file: RemoteFile) -> int:
         return self._bytes_here[file.path]
@@ -241,6 +275,37 @@ class Transfer:
                 """What came compressed counts when it is unpacked."""
 
         return Bar
+
+
+def read_header(repo: str, commit: str, file: RemoteFile) -> bytes:
+    """The length field and the header of a safetensors file, and nothing behind them."""
+    end = _HEADER_GUESS_BYTES
+    while True:
+        begin = _read_beginning(hf_hub_url(repo, file.path, revision=commit), end)
+        wanted = header_bytes(begin)
+        if len(begin) >= wanted or len(begin) < end:
+            return begin[:wanted]
+        end = wanted
+
+
+def header_bytes(begin: bytes) -> int:
+    """Bytes of length field and header, by the length field; of one that no reader takes, the field alone."""
+    length = int.from_bytes(begin[:_LENGTH_BYTES], "little")
+    return _LENGTH_BYTES + (length if length <= _MAX_HEADER_BYTES else 0)
+
+
+def _read_beginning(url: str, nbytes: int) -> bytes:
+    headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes=0-{nbytes - 1}"}
+    content = b""
+    with get_session().stream(
+        "GET", url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+    ) as response:
+        hf_raise_for_status(response)
+        for chunk in response.iter_bytes():
+            content += chunk
+            if len(content) >= nbytes:  # also of a server that ignores ranges
+                break
+    return content[:nbytes]
 
 
 def _emptied(output: BinaryIO) -> int:

@@ -1,0 +1,134 @@
+"""A repository's checkpoint that is converted while it comes.
+
+The headers come first, by requests for parts of files. They make a folder of stand-ins, each of its file's size and
+with nothing in it but the header, from which the conversion is planned. Its workers then wait for the file that they
+read next, and files come in the order in which they are converted.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from tensorport import _core
+from tensorport.hub.faults import HUB_FAULTS, explained
+from tensorport.hub.ids import HubId
+from tensorport.hub.snapshot import HubCheckpoint, download, explaining, find
+from tensorport.hub.transfer import RemoteFile, Transfer, header_bytes, patient, read_header
+from tensorport.progress import Progress
+from tensorport.source import LocalSource
+
+__all__ = ["arriving"]
+
+_HEADERS_AT_ONCE: Final = 8
+
+
+def arriving(hub_id: HubId, progress: Progress = False) -> LocalSource:
+    """A repository's checkpoint whose side files are here, and whose tensors may be on their way.
+
+    Args:
+        hub_id: what to bring.
+        progress: of what comes before this returns.
+
+    Raises:
+        CheckpointError, ConnectionError, OSError: as :func:`tensorport.hub.snapshot.download`.
+    """
+    found = find(hub_id)
+    tensor_files = found.selection.tensor_files
+    is_plannable = all(name.endswith(".safetensors") and found.files[name].nbytes for name in tensor_files)
+    if not is_plannable:
+        return LocalSource(download(hub_id, progress))
+    with explaining(hub_id):
+        found.bring(found.missing(found.selection.side_files), progress)
+        return _Arriving(hub_id, found)
+
+
+class _Arriving(LocalSource):
+    """Stand-ins, and what brings the files that they stand for."""
+
+    def __init__(self, hub_id: HubId, checkpoint: HubCheckpoint) -> None:
+        self.arrivals = self._arrivals = _core.Arrivals()
+        self._hub_id = hub_id
+        self._checkpoint = checkpoint
+        self._names = {checkpoint.files[name].path: name for name in checkpoint.selection.tensor_files}
+        missing = checkpoint.missing(checkpoint.selection.tensor_files)
+        self._transfer = Transfer(
+            checkpoint.cache, checkpoint.commit, missing, arrived=self._arrived, failed=self._failed
+        )
+        for name in checkpoint.selection.tensor_files:
+            if checkpoint.files[name] not in missing:
+                self._arrived(checkpoint.files[name])
+        self.path = Path(tempfile.mkdtemp(prefix="tensorport-hub-"))
+        try:
+            self._transfer.start()
+            self._make_stand_ins({file.path for file in missing})
+        except BaseException:
+            self.close()
+            raise
+
+    def _arrived(self, file: RemoteFile) -> None:
+        name = self._names[file.path]
+        self._arrivals.arrived(name, self._checkpoint.folder / name)
+
+    def _failed(self, fault: BaseException) -> None:
+        self._arrivals.failed(str(explained(self._hub_id, fault) if isinstance(fault, HUB_FAULTS) else fault))
+
+    def _make_stand_ins(self, missing: set[str]) -> None:
+        for name in self._checkpoint.selection.side_files:
+            (self.path / name).symlink_to(self._checkpoint.folder / name)
+        # The time of modification tells commits apart, whose headers may be the same: a conversion goes on where it is
+        # the one that it was. 15 hexadecimal digits of nanoseconds are less than 37 years.
+        modified_ns = int(self._checkpoint.commit[:15], 16)
+
+        def make(name: str) -> None:
+            file = self._checkpoint.files[name]
+            if file.path in missing:
+                header = patient(lambda: read_header(self._hub_id.repo, self._checkpoint.commit, file))
+            else:
+                header = _local_header(self._checkpoint.folder / name)
+            stand_in = self.path / name
+            with stand_in.open("wb") as output:
+                output.write(header)
+                output.truncate(file.nbytes)
+            os.utime(stand_in, ns=(modified_ns, modified_ns))
+
+        with ThreadPoolExecutor(_HEADERS_AT_ONCE, "tensorport-headers") as pool:
+            list(pool.map(make, self._checkpoint.selection.tensor_files))
+
+    def watched(self, callback: Callable[..., Any] | None) -> Callable[..., Any] | None:
+        if callback is None or self._transfer.is_done:
+            return callback
+        is_told = False
+
+        def tell(*fields: Any) -> None:
+            nonlocal is_told
+            if not is_told:
+                is_told = self._transfer.is_done
+                self._transfer.tell(callback)
+            callback(*fields)
+
+        return tell
+
+    def finish(self) -> None:
+        self._transfer.stop()
+        if self._transfer.is_done:
+            self._checkpoint.remember()
+
+    def raise_fault(self) -> None:
+        fault = self._transfer.fault
+        if fault is not None:
+            with explaining(self._hub_id):
+                raise fault
+
+    def close(self) -> None:
+        self._transfer.stop()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _local_header(path: Path) -> bytes:
+    with path.open("rb") as file:
+        length = file.read(8)
+        return length + file.read(header_bytes(length) - len(length))
