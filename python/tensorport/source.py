@@ -131,6 +131,10 @@ def _missing(text: str, reason: str) -> _SourceNotFoundError:
 def _hub(module: str, hub_id: HubId) -> Any:
     """A module of the extra."""
     try:
-        return importlib.import_module(f"tensorport.hub.{module}")
+        importlib.import_module("huggingface_hub")
     except ImportError as fault:
-        raise ImportError(f"{hub_id}: found no such file or folder, and {fault}") from fault
+        raise ImportError(
+            f"{hub_id}: found no such file or folder, and an id of a repository needs huggingface_hub: "
+            "pip install 'tensorport[hub]'"
+        ) from fault
+    return importlib.import_module(f"tensorport.hub.{module}")

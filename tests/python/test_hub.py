@@ -1,6 +1,7 @@
 """Repositories of a hub as sources: which files come, where they land, and what is not asked for twice."""
 
 import json
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import tensorport
 from arrays import random_array
 from fake_hub import FakeHub, Fault
+from huggingface_hub import constants, hf_hub_download
 
 REPO = "org/model"
 INDEX = "model.safetensors.index.json"
@@ -90,8 +92,6 @@ def test_nothing_is_downloaded_twice(hub: FakeHub, files: Files, tensors: Tensor
 
 
 def test_what_huggingface_hub_has_is_used_and_it_finds_what_came(hub: FakeHub, files: Files) -> None:
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - an extra
-
     commit = hub.add(REPO, files)
     first = hf_hub_download(REPO, SHARDS[1])
     folder = tensorport.open(REPO).path
@@ -203,7 +203,8 @@ def test_a_bar_shows_the_download_and_false_shows_nothing(
     assert "download" in capfd.readouterr().err
 
 
-def test_a_callback_that_raises_stops_the_download(hub: FakeHub, files: Files) -> None:
+def test_a_callback_that_raises_stops_the_download(hub: FakeHub, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)  # the thread that stays behind ends sooner
     hub.add(REPO, files)
     hub.faults[SHARDS[2]] = [Fault(sent=100, end="stall")]
 
@@ -231,7 +232,7 @@ def test_the_token_goes_to_the_hub_and_to_nobody_else(
 
 def test_xet_is_not_needed(hub: FakeHub, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add(REPO, files)
-    monkeypatch.setitem(__import__("sys").modules, "hf_xet", None)
+    monkeypatch.setitem(sys.modules, "hf_xet", None)
     assert len(tensorport.open(REPO)) == 3
 
 

@@ -15,6 +15,8 @@ import pytest
 import tensorport
 from arrays import random_array
 from fake_hub import FakeHub, Fault
+from huggingface_hub import constants
+from tensorport.hub import transfer
 
 REPO = "org/model"
 SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
@@ -154,8 +156,6 @@ def test_an_interrupted_conversion_goes_on_with_what_came(hub: FakeHub, model: P
 def test_it_goes_on_without_a_network_once_all_is_here(
     hub: FakeHub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import constants  # noqa: PLC0415 - an extra
-
     add(hub, model)
     interrupted(tmp_path / "out", hub)
     tensorport.open(REPO)
@@ -177,8 +177,6 @@ def test_another_commit_with_the_same_headers_is_another_source(
 def test_a_download_that_fails_ends_the_conversion_with_its_own_error(
     hub: FakeHub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tensorport.hub import transfer  # noqa: PLC0415 - an extra
-
     monkeypatch.setattr(transfer, "_FIRST_PAUSE_S", 0.01)
     add(hub, model)
     hub.faults[SHARDS[2]] = [Fault(sent=1000)] + [Fault(sent=0)] * 20

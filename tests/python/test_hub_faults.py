@@ -15,6 +15,8 @@ import pytest
 import tensorport
 from arrays import random_array
 from fake_hub import FakeHub, Fault
+from huggingface_hub import constants, hf_hub_download
+from tensorport.hub import transfer
 
 REPO = "org/model"
 SHARD = "model.safetensors"
@@ -27,9 +29,6 @@ Write = Callable[..., Path]
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("huggingface_hub")
-    from tensorport.hub import transfer  # noqa: PLC0415 - an extra
-
     monkeypatch.setattr(transfer, "_FIRST_PAUSE_S", 0.01)
 
 
@@ -47,7 +46,6 @@ def files(tmp_path: Path, write_safetensors: Write, array: np.ndarray[Any, Any])
 @pytest.fixture
 def refused(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Call it, and nobody listens where the hub was."""
-    from huggingface_hub import constants  # noqa: PLC0415 - an extra
 
     def stop() -> None:
         gone = "http://127.0.0.1:9"  # the port that discards, where nothing listens
@@ -128,8 +126,6 @@ def test_a_slow_server_is_waited_for(hub: FakeHub, files: dict[str, bytes], arra
 def test_a_server_that_stalls_is_left_and_asked_for_the_rest(
     hub: FakeHub, files: dict[str, bytes], array: np.ndarray[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from huggingface_hub import constants  # noqa: PLC0415 - an extra
-
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.5)
     hub.add(REPO, files)
     hub.faults[SHARD] = [Fault(sent=1_200_000, end="stall")]
@@ -332,8 +328,6 @@ def test_without_a_network_the_copy_in_the_cache_is_used_with_a_warning(
 def test_a_copy_that_is_not_whole_is_not_used(
     hub: FakeHub, files: dict[str, bytes], refused: Callable[[], None], tmp_path: Path
 ) -> None:
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - an extra
-
     hub.add(REPO, files)
     hf_hub_download(REPO, CONFIG)
     refused()
@@ -344,8 +338,6 @@ def test_a_copy_that_is_not_whole_is_not_used(
 def test_numbered_files_without_an_index_are_whole_when_all_are_there(
     hub: FakeHub, files: dict[str, bytes], refused: Callable[[], None]
 ) -> None:
-    from huggingface_hub import hf_hub_download  # noqa: PLC0415 - an extra
-
     names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     hub.add(REPO, {CONFIG: b"{}", names[0]: files[SHARD], names[1]: files[SHARD]})
     hf_hub_download(REPO, names[0])

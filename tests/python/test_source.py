@@ -105,11 +105,12 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_without_the_extra_an_id_names_it_and_a_path_needs_none(tiny: Path) -> None:
     code = "import sys; sys.modules['huggingface_hub'] = None\nimport tensorport\n"
     assert run(code + f"tensorport.open({str(tiny)!r})").returncode == 0
-    done = run(code + "tensorport.open('openai/gpt-oss-20b')")
-    assert done.stderr.splitlines()[-1] == (
-        "ImportError: openai/gpt-oss-20b: found no such file or folder, and an id of a repository needs "
-        "huggingface_hub: pip install 'tensorport[hub]'"
-    )
+    for call in ("open('openai/gpt-oss-20b')", "convert('openai/gpt-oss-20b', 'out')"):
+        done = run(f"{code}tensorport.{call}")
+        assert done.stderr.splitlines()[-1] == (
+            "ImportError: openai/gpt-oss-20b: found no such file or folder, and an id of a repository needs "
+            "huggingface_hub: pip install 'tensorport[hub]'"
+        )
 
 
 def test_importing_tensorport_and_opening_paths_imports_no_huggingface_hub(tiny: Path) -> None:

@@ -15,9 +15,10 @@ from typing import Any, Final
 
 from tensorport import _core
 from tensorport.hub.faults import HUB_FAULTS, explained
+from tensorport.hub.headers import local_header, read_header
 from tensorport.hub.ids import HubId
 from tensorport.hub.snapshot import HubCheckpoint, download, explaining, find
-from tensorport.hub.transfer import RemoteFile, Transfer, header_bytes, patient, read_header
+from tensorport.hub.transfer import RemoteFile, Transfer, patient
 from tensorport.progress import Progress
 from tensorport.source import LocalSource
 
@@ -86,9 +87,9 @@ class _Arriving(LocalSource):
         def make(name: str) -> None:
             file = self._checkpoint.files[name]
             if file.path in missing:
-                header = patient(lambda: read_header(self._hub_id.repo, self._checkpoint.commit, file))
+                header = patient(lambda: read_header(self._hub_id.repo, self._checkpoint.commit, file.path))
             else:
-                header = _local_header(self._checkpoint.folder / name)
+                header = local_header(self._checkpoint.folder / name)
             stand_in = self.path / name
             with stand_in.open("wb") as output:
                 output.write(header)
@@ -126,9 +127,3 @@ class _Arriving(LocalSource):
     def close(self) -> None:
         self._transfer.stop()
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _local_header(path: Path) -> bytes:
-    with path.open("rb") as file:
-        length = file.read(8)
-        return length + file.read(header_bytes(length) - len(length))

@@ -6,10 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-try:
-    from huggingface_hub import HfApi, constants
-except ImportError as fault:
-    raise ImportError("an id of a repository needs huggingface_hub: pip install 'tensorport[hub]'") from fault
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import OfflineModeIsEnabled, RevisionNotFoundError
 from huggingface_hub.hf_api import ModelInfo
 

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import queue
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,20 +22,13 @@ from tqdm import tqdm
 from tensorport.hub.cache import CachedRepo
 from tensorport.hub.faults import HUB_FAULTS, is_transient
 
-__all__ = ["RemoteFile", "Transfer", "header_bytes", "patient", "read_header"]
+__all__ = ["RemoteFile", "Transfer", "patient"]
 
 _CONNECTIONS: Final = 4
 """Files at once. More fill no line that these do not, and the first files would come later."""
 
 _RESUMED_BYTES: Final = 1_000_000
 """Smaller files are begun anew."""
-
-_LENGTH_BYTES: Final = 8
-_MAX_HEADER_BYTES: Final = 100_000_000
-"""As src/header.rs has them."""
-
-_HEADER_GUESS_BYTES: Final = 1 << 17
-"""Most headers are shorter; what is longer is asked for once more."""
 
 _TRIES: Final = 5
 """Without a byte of progress."""
@@ -114,6 +108,7 @@ class Transfer:
         self._bytes_here = dict.fromkeys((file.path for file in files), 0)
         self._files_done: list[RemoteFile] = []
         self._begun_last = ""
+        self._connections: set[socket.socket] = set()
         self._threads = [
             threading.Thread(target=self._work, name="tensorport-download", daemon=True)
             for _ in range(min(_CONNECTIONS, len(files)))
@@ -139,8 +134,12 @@ class Transfer:
             thread.start()
 
     def stop(self) -> None:
-        """Ends what is not done yet: threads stop at their next chunk; one whose server stalls is not waited for."""
+        """Ends what is not done yet: threads stop at their next chunk, and do not wait for a server that stalls."""
         self._stop.set()
+        for connection in [*self._connections]:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                # Not by the method of a TLS connection, which is not for two threads.
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
         give_up = time.monotonic() + _STOP_S
         for thread in self._threads:
             if thread.is_alive():
@@ -225,10 +224,13 @@ class Transfer:
         headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
         if begin:
             headers["Range"] = f"bytes={begin}-"
-        with get_session().stream(
-            "GET", url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-        ) as response:
+        with contextlib.ExitStack() as stack:
+            stream = get_session().stream(
+                "GET", url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+            )
+            response = stack.enter_context(stream)
             hf_raise_for_status(response)
+            stack.enter_context(self._stoppable(response))
             here = begin
             if not response.headers.get("Content-Range", "").startswith(f"bytes {begin}-"):
                 here = _emptied(output)  # a server without ranges sends all of it
@@ -238,10 +240,24 @@ class Transfer:
                     raise _StoppedError
                 output.write(chunk)
                 here += len(chunk)
-                self._bytes_here[file.path] = here
+                self._bytes_here[file.path] = min(here, nbytes)
+                if here > nbytes:
+                    break
         if here != nbytes:
             output.truncate(min(here, nbytes))
             raise OSError(f"{file.path}: found {here} bytes, expected {nbytes}")
+
+    @contextlib.contextmanager
+    def _stoppable(self, response: Any) -> Iterator[None]:
+        """Lets `stop` end the connection of a response, on which a thread may wait."""
+        stream = response.extensions.get("network_stream")  # none where somebody set another HTTP client
+        connection = None if stream is None else stream.get_extra_info("socket")
+        connections = set() if connection is None else {connection}
+        self._connections |= connections
+        try:
+            yield
+        finally:
+            self._connections -= connections
 
     @contextlib.contextmanager
     def _locked(self, etag: str) -> Iterator[None]:
@@ -275,37 +291,6 @@ class Transfer:
                 """What came compressed counts when it is unpacked."""
 
         return Bar
-
-
-def read_header(repo: str, commit: str, file: RemoteFile) -> bytes:
-    """The length field and the header of a safetensors file, and nothing behind them."""
-    end = _HEADER_GUESS_BYTES
-    while True:
-        begin = _read_beginning(hf_hub_url(repo, file.path, revision=commit), end)
-        wanted = header_bytes(begin)
-        if len(begin) >= wanted or len(begin) < end:
-            return begin[:wanted]
-        end = wanted
-
-
-def header_bytes(begin: bytes) -> int:
-    """Bytes of length field and header, by the length field; of one that no reader takes, the field alone."""
-    length = int.from_bytes(begin[:_LENGTH_BYTES], "little")
-    return _LENGTH_BYTES + (length if length <= _MAX_HEADER_BYTES else 0)
-
-
-def _read_beginning(url: str, nbytes: int) -> bytes:
-    headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes=0-{nbytes - 1}"}
-    content = b""
-    with get_session().stream(
-        "GET", url, headers=headers, follow_redirects=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-    ) as response:
-        hf_raise_for_status(response)
-        for chunk in response.iter_bytes():
-            content += chunk
-            if len(content) >= nbytes:  # also of a server that ignores ranges
-                break
-    return content[:nbytes]
 
 
 def _emptied(output: BinaryIO) -> int:
