@@ -24,6 +24,7 @@ from tensorport.leaves import ArraySource, Leaf, Rename, find_leaves, renamed, s
 from tensorport.progress import Progress, observe
 from tensorport.reports import LoadReport, printable
 from tensorport.sharding import ShardingLike, device_regions, place
+from tensorport.source import headers_source
 from tensorport.streaming import stream
 from tensorport.trees import Target, nested_dict, refuse_prefixes
 
@@ -226,10 +227,11 @@ def load_params_shapes(
     """The tree that :func:`load_params` would return, as jax.ShapeDtypeStructs; reads headers and no tensor data.
 
     Takes the arguments of :func:`load_params` but `return_report`, and raises what it raises before it reads.
-    ShapeDtypeStructs carry their shardings. An id is downloaded all the same, which is all that `progress` shows.
+    ShapeDtypeStructs carry their shardings. Of an id, headers and side files are downloaded, and no tensors.
     """
     _checked_options(on_overflow, workers, io)
-    plan = _plan(source, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested, progress=progress)
+    with headers_source(source, progress) as headers:
+        plan = _plan(headers.path, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested)
     for warning in plan.warnings:
         python_warnings.warn(warning, stacklevel=2)
     structs = [

@@ -11,7 +11,7 @@ from tensorport import _core
 from tensorport.hub.ids import SCHEME, HubId, parse
 from tensorport.progress import Progress
 
-__all__ = ["LocalSource", "arriving_source", "local_path"]
+__all__ = ["LocalSource", "arriving_source", "headers_source", "local_path"]
 
 
 class _SourceNotFoundError(FileNotFoundError):
@@ -87,6 +87,15 @@ def arriving_source(source: str | os.PathLike[str], progress: Progress = False) 
         return LocalSource(found)
     arriving: LocalSource = _hub("arriving", found).arriving(found, progress)
     return arriving
+
+
+def headers_source(source: str | os.PathLike[str], progress: Progress = False) -> LocalSource:
+    """As :func:`local_path`, for those who read headers and side files alone: nothing else is downloaded."""
+    found = _parsed(source, "source")
+    if isinstance(found, Path):
+        return LocalSource(found)
+    headers: LocalSource = _hub("arriving", found).headers_alone(found, progress)
+    return headers
 
 
 def _parsed(source: str | os.PathLike[str], name: str) -> Path | HubId:

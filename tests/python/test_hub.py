@@ -1,12 +1,14 @@
 """Repositories of a hub as sources: which files come, where they land, and what is not asked for twice."""
 
 import json
+import operator
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tensorport
@@ -166,10 +168,15 @@ def test_a_model_of_a_repository_is_that_of_its_folder(hub: FakeHub, golden_hf: 
     assert tensorport.models.gpt_oss.load_config(REPO) == model.config
 
 
-def test_shapes_of_a_repository_are_those_of_its_folder(hub: FakeHub, files: Files, tensors: Tensors) -> None:
-    hub.add(REPO, files)
-    shapes = tensorport.load_params_shapes(REPO, nested=False)
-    assert {name: shape.shape for name, shape in shapes.items()} == {n: array.shape for n, array in tensors.items()}
+def test_shapes_and_configurations_of_a_repository_take_its_headers_alone(hub: FakeHub, tiny: Path) -> None:
+    hub.add(REPO, {path.name: path.read_bytes() for path in tiny.iterdir()})
+    shapes = tensorport.load_params_shapes(REPO, mxfp4="dequantize")
+    assert jax.tree.all(jax.tree.map(operator.eq, shapes, tensorport.load_params_shapes(tiny, mxfp4="dequantize")))
+    assert tensorport.models.gpt_oss.load_config(REPO) == tensorport.models.gpt_oss.load_config(tiny)
+    assert hub.downloads() == sorted(path.name for path in tiny.iterdir() if path.suffix != ".safetensors")
+    # That no tensor is here is not forgotten.
+    checkpoint, expected = tensorport.open(REPO), tensorport.open(tiny)
+    assert all(checkpoint[name].tobytes() == expected[name].tobytes() for name in expected)
 
 
 def test_progress_counts_the_bytes_and_the_files_of_the_download(hub: FakeHub, files: Files) -> None:

@@ -22,7 +22,7 @@ from tensorport.hub.transfer import RemoteFile, Transfer, patient
 from tensorport.progress import Progress
 from tensorport.source import LocalSource
 
-__all__ = ["arriving"]
+__all__ = ["arriving", "headers_alone"]
 
 _HEADERS_AT_ONCE: Final = 8
 
@@ -37,38 +37,82 @@ def arriving(hub_id: HubId, progress: Progress = False) -> LocalSource:
     Raises:
         CheckpointError, ConnectionError, OSError: as :func:`tensorport.hub.snapshot.download`.
     """
+    return _opened(hub_id, progress, _Arriving)
+
+
+def headers_alone(hub_id: HubId, progress: Progress = False) -> LocalSource:
+    """As :func:`arriving`, for those who never read a tensor: none comes."""
+    return _opened(hub_id, progress, _StandIns)
+
+
+def _opened(hub_id: HubId, progress: Progress, kind: "type[_StandIns]") -> LocalSource:
     found = find(hub_id)
-    tensor_files = found.selection.tensor_files
-    is_plannable = all(name.endswith(".safetensors") and found.files[name].nbytes for name in tensor_files)
-    if not is_plannable:
+    # A converted tree is opened by its manifest, and has no headers that would be worth it.
+    names = found.selection.tensor_files
+    if not all(name.endswith(".safetensors") and found.files[name].nbytes for name in names):
         return LocalSource(download(hub_id, progress))
     with explaining(hub_id):
         found.bring(found.missing(found.selection.side_files), progress)
-        return _Arriving(hub_id, found)
+        return kind(hub_id, found)
 
 
-class _Arriving(LocalSource):
+class _StandIns(LocalSource):
+    """A folder of the side files, and of stand-ins for the files with tensors."""
+
+    def __init__(self, hub_id: HubId, checkpoint: HubCheckpoint) -> None:
+        super().__init__(Path(tempfile.mkdtemp(prefix="tensorport-hub-")))
+        self._repo = hub_id.repo
+        self._checkpoint = checkpoint
+        self._missing = checkpoint.missing(checkpoint.selection.tensor_files)
+        try:
+            self._make()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make(self) -> None:
+        for name in self._checkpoint.selection.side_files:
+            (self.path / name).symlink_to(self._checkpoint.folder / name)
+        with ThreadPoolExecutor(_HEADERS_AT_ONCE, "tensorport-headers") as pool:
+            list(pool.map(self._make_one, self._checkpoint.selection.tensor_files))
+
+    def _make_one(self, name: str) -> None:
+        file, commit = self._checkpoint.files[name], self._checkpoint.commit
+        if file in self._missing:
+            header = patient(lambda: read_header(self._repo, commit, file.path))
+        else:
+            header = local_header(self._checkpoint.folder / name)
+        with (self.path / name).open("wb") as output:
+            output.write(header)
+            output.truncate(file.nbytes)
+        # The time of modification tells commits apart, whose headers may be the same: a conversion goes on where it is
+        # the one that it was. 15 hexadecimal digits of nanoseconds are less than 37 years.
+        modified_ns = int(commit[:15], 16)
+        os.utime(self.path / name, ns=(modified_ns, modified_ns))
+
+    def close(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class _Arriving(_StandIns):
     """Stand-ins, and what brings the files that they stand for."""
 
     def __init__(self, hub_id: HubId, checkpoint: HubCheckpoint) -> None:
         self.arrivals = self._arrivals = _core.Arrivals()
         self._hub_id = hub_id
-        self._checkpoint = checkpoint
-        self._names = {checkpoint.files[name].path: name for name in checkpoint.selection.tensor_files}
-        missing = checkpoint.missing(checkpoint.selection.tensor_files)
+        names = checkpoint.selection.tensor_files
+        self._names = {checkpoint.files[name].path: name for name in names}
         self._transfer = Transfer(
-            checkpoint.cache, checkpoint.commit, missing, arrived=self._arrived, failed=self._failed
+            checkpoint.cache, checkpoint.commit, checkpoint.missing(names), arrived=self._arrived, failed=self._failed
         )
-        for name in checkpoint.selection.tensor_files:
-            if checkpoint.files[name] not in missing:
-                self._arrived(checkpoint.files[name])
-        self.path = Path(tempfile.mkdtemp(prefix="tensorport-hub-"))
-        try:
-            self._transfer.start()
-            self._make_stand_ins({file.path for file in missing})
-        except BaseException:
-            self.close()
-            raise
+        super().__init__(hub_id, checkpoint)
+
+    def _make(self) -> None:
+        for file in self._checkpoint.files.values():
+            if file.path in self._names and file not in self._missing:
+                self._arrived(file)
+        self._transfer.start()
+        super()._make()
 
     def _arrived(self, file: RemoteFile) -> None:
         name = self._names[file.path]
@@ -76,28 +120,6 @@ class _Arriving(LocalSource):
 
     def _failed(self, fault: BaseException) -> None:
         self._arrivals.failed(str(explained(self._hub_id, fault) if isinstance(fault, HUB_FAULTS) else fault))
-
-    def _make_stand_ins(self, missing: set[str]) -> None:
-        for name in self._checkpoint.selection.side_files:
-            (self.path / name).symlink_to(self._checkpoint.folder / name)
-        # The time of modification tells commits apart, whose headers may be the same: a conversion goes on where it is
-        # the one that it was. 15 hexadecimal digits of nanoseconds are less than 37 years.
-        modified_ns = int(self._checkpoint.commit[:15], 16)
-
-        def make(name: str) -> None:
-            file = self._checkpoint.files[name]
-            if file.path in missing:
-                header = patient(lambda: read_header(self._hub_id.repo, self._checkpoint.commit, file.path))
-            else:
-                header = local_header(self._checkpoint.folder / name)
-            stand_in = self.path / name
-            with stand_in.open("wb") as output:
-                output.write(header)
-                output.truncate(file.nbytes)
-            os.utime(stand_in, ns=(modified_ns, modified_ns))
-
-        with ThreadPoolExecutor(_HEADERS_AT_ONCE, "tensorport-headers") as pool:
-            list(pool.map(make, self._checkpoint.selection.tensor_files))
 
     def watched(self, callback: Callable[..., Any] | None) -> Callable[..., Any] | None:
         if callback is None or self._transfer.is_done:
@@ -126,4 +148,4 @@ class _Arriving(LocalSource):
 
     def close(self) -> None:
         self._transfer.stop()
-        shutil.rmtree(self.path, ignore_errors=True)
+        super().close()
