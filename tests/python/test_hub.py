@@ -274,11 +274,17 @@ def test_an_index_that_names_a_path_brings_no_file_of_it(hub: FakeHub, files: Fi
     assert set(hub.downloads()) == {INDEX}
 
 
-def test_a_listing_that_leads_out_of_the_cache_is_left_out(hub: FakeHub, files: Files, tmp_path: Path) -> None:
-    hub.add(REPO, {**files, "../../../evil.json": b"{}", "..\\evil.json": b"{}"})
-    tensorport.open(REPO)
-    assert not list(tmp_path.rglob("*evil.json"))
-    assert not any("evil" in request.path for request in hub.requests)
+def test_a_listing_that_leads_out_of_the_cache_is_left_out(hub: FakeHub, tmp_path: Path) -> None:
+    evil = ["../../../evil.npy", "shard_000/../../../../evil.npy", "/evil.npy", "shard_000\\..\\evil.npy"]
+    for path in evil:
+        manifest = {"tensorport_version": "", "format_version": 1, "tensors": {"a": {"files": [path]}}}
+        hub.add(REPO, {"manifest.json": json.dumps(manifest).encode(), path: b"x"})
+        with pytest.raises(
+            tensorport.CheckpointError, match=r"found no .*evil\.npy, expected the 1 files that manifest"
+        ):
+            tensorport.open(REPO)
+    assert not list(tmp_path.rglob("*evil.npy"))
+    assert hub.downloads() == ["manifest.json"] * len(evil)
 
 
 def test_a_warning_comes_with_a_copy_from_the_cache_only(hub: FakeHub, files: Files, tensors: Tensors) -> None:

@@ -146,7 +146,9 @@ def test_an_interrupted_conversion_goes_on_with_what_came(hub: FakeHub, model: P
     add(hub, model)
     interrupted(tmp_path / "out", hub)
     hub.sent.clear()
+    begin = time.monotonic()
     report = tensorport.convert(REPO, tmp_path / "out", resume=True, progress=False)
+    assert time.monotonic() - begin < 5  # nor does what was stopped hold the file
     assert report.resumed_tensors == 2
     assert hub.downloads() == [SHARDS[2]]
     tensorport.convert(model, tmp_path / "expected", progress=False)
