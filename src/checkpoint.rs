@@ -10,6 +10,7 @@ use std::time::UNIX_EPOCH;
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
+use crate::arrivals::{Arrival, Arrivals};
 use crate::checksum::Checksum;
 use crate::dtype;
 use crate::error::{Error, Result};
@@ -65,6 +66,7 @@ pub struct SourceFile {
     pub nbytes: u64,
     /// Its modification time when it was opened, in nanoseconds since 1970.
     pub modified_ns: u128,
+    arrival: Option<Arrival>,
     mapping: Mutex<Weak<Mapping>>,
     is_remote: OnceLock<bool>,
 }
@@ -228,6 +230,27 @@ impl Checkpoint {
         builder.finish(manifest.metadata)
     }
 
+    /// The same checkpoint, opened from stand-ins for files that `arrivals` tells of: reading tensors waits for them.
+    #[must_use]
+    pub fn arriving(mut self, arrivals: &Arc<Arrivals>) -> Self {
+        for (file, fingerprint) in self.files.iter_mut().zip(&self.fingerprints) {
+            file.arrival = Some(Arrival {
+                arrivals: Arc::clone(arrivals),
+                nbytes: file.nbytes,
+                header_xxh3_128: fingerprint.header_xxh3_128,
+                found: OnceLock::new(),
+            });
+        }
+        self
+    }
+
+    /// Lets go of those that wait for files.
+    pub fn stop_waiting(&self) {
+        for arrival in self.files.iter().filter_map(|file| file.arrival.as_ref()) {
+            arrival.arrivals.stop();
+        }
+    }
+
     /// The path given to [`Checkpoint::open`].
     #[must_use]
     pub fn root(&self) -> &Path {
@@ -339,8 +362,12 @@ impl SourceFile {
         Ok(*self.is_remote.get_or_init(|| is_remote))
     }
 
-    /// Opens the file for positioned reads, and makes sure that it is still the one that was validated.
+    /// Opens the file for positioned reads, and makes sure that it is still the one that was validated. Waits for one that
+    /// is on its way.
     pub fn open(&self) -> Result<std::fs::File> {
+        if let Some(arrival) = &self.arrival {
+            return arrival.open(&self.name);
+        }
         let (file, stat) = file::open_regular(&self.path)?;
         self.check_unchanged(&stat)?;
         Ok(file)
@@ -348,6 +375,9 @@ impl SourceFile {
 
     /// Makes sure that the file is there and still the one that was validated.
     pub fn check(&self) -> Result<()> {
+        if let Some(arrival) = &self.arrival {
+            return arrival.check();
+        }
         self.check_unchanged(&std::fs::metadata(&self.path).map_err(|fault| Error::io(&self.path, fault))?)
     }
 
@@ -384,6 +414,7 @@ impl Builder {
             name,
             nbytes,
             modified_ns,
+            arrival: None,
             mapping: Mutex::default(),
             is_remote: OnceLock::new(),
         });

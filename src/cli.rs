@@ -3,12 +3,14 @@
 use std::ffi::OsString;
 use std::io::{self, Write};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use crate::arrivals::Arrivals;
 use crate::cast::OnOverflow;
 use crate::checkpoint::Checkpoint;
 use crate::convert::{self, ConversionReport, Mode, Quantized};
@@ -31,12 +33,44 @@ pub const INTERRUPTED: u8 = 130;
 const MODELS: &str = "tensorport[jax,text]";
 
 /// What runs the command line.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Host {
-    /// The binary of `cargo install`.
-    Binary,
-    /// The entry point of the Python package.
-    Python,
+pub trait Host {
+    /// Its name behind the version.
+    fn name(&self) -> &'static str;
+
+    /// Asked some twenty times a second whether to stop.
+    fn interrupted(&mut self) -> ControlFlow<()>;
+
+    /// The path that a source names, which may be the id of a repository; None where the host says what is wrong.
+    ///
+    /// `may_arrive`: files may be stand-ins for what is on its way.
+    fn local_path(&mut self, source: &Path, may_arrive: bool) -> Result<Option<LocalSource>>;
+}
+
+/// A source on this machine.
+#[derive(Debug)]
+pub struct LocalSource {
+    /// Where it is.
+    pub path: PathBuf,
+    /// What tells of its files, where they are still on their way.
+    pub arrivals: Option<Arc<Arrivals>>,
+}
+
+/// What the binary of `cargo install` says of a source that is no path: it reads no hub.
+pub fn path_alone(source: &Path) -> Result<LocalSource> {
+    let fault = match std::fs::symlink_metadata(source) {
+        Err(fault) if fault.kind() == io::ErrorKind::NotFound => fault,
+        // Opening it says what else is wrong.
+        _ => return Ok(LocalSource { path: source.to_path_buf(), arrivals: None }),
+    };
+    let text = source.to_string_lossy();
+    if source.is_relative() && text.contains('/') && !text.starts_with('.') {
+        return Err(Error::NoCheckpoint {
+            path: source.to_path_buf(),
+            found: "no such file or folder".into(),
+            expected: "a path; the id of a repository is for the Python package: pip install 'tensorport[hub]'".into(),
+        });
+    }
+    Err(Error::io(source, fault))
 }
 
 /// Brings large checkpoints into JAX: converts, verifies and inspects safetensors.
@@ -83,8 +117,8 @@ enum Command {
 #[derive(Debug, Args)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 struct ConvertArgs {
-    /// A .safetensors file, a directory of them, or a converted tree
-    #[arg(long)]
+    /// A .safetensors file, a directory of them, a converted tree, or org/name[@revision][/subfolder]
+    #[arg(long, value_name = "DIR|FILE|HUB_ID")]
     input: PathBuf,
     /// Folder to write; new or empty
     #[arg(long)]
@@ -136,13 +170,33 @@ struct ConvertArgs {
     json: bool,
 }
 
+impl ConvertArgs {
+    fn options(&self) -> Options {
+        Options {
+            format: self.format,
+            precision: self.precision,
+            mxfp4: self.mxfp4,
+            quantize: self.quantize.clone(),
+            scale_rule: self.scale_rule,
+            shard_size: self.shard_size,
+            include: self.include.clone(),
+            exclude: self.exclude.clone(),
+            on_overflow: self.on_overflow.into(),
+        }
+    }
+
+    fn resources(&self) -> Resources {
+        Resources { max_memory: self.max_memory, ..Resources::default() }.with_workers(self.workers)
+    }
+}
+
 #[derive(Debug, Args)]
 struct VerifyArgs {
     /// The converted tree
     #[arg(long)]
     model: PathBuf,
     /// The checkpoint it was made from: compares every value
-    #[arg(long)]
+    #[arg(long, value_name = "DIR|FILE|HUB_ID")]
     source: Option<PathBuf>,
     /// Worker threads [default: all cores]
     #[arg(long, value_name = "N")]
@@ -157,7 +211,7 @@ struct VerifyArgs {
 
 #[derive(Debug, Args)]
 struct InspectArgs {
-    /// A .safetensors file, a directory of them, or a converted tree
+    /// A .safetensors file, a directory of them, a converted tree, or org/name[@revision][/subfolder]
     path: PathBuf,
     /// Read every tensor: min, max, mean, std, NaN and Inf counts
     #[arg(long)]
@@ -195,12 +249,8 @@ impl From<OverflowArg> for OnOverflow {
     }
 }
 
-/// Runs the command line and returns its exit status. `interrupted` is asked some twenty times a second.
-pub fn run(
-    args: impl IntoIterator<Item = OsString>,
-    host: Host,
-    interrupted: &mut dyn FnMut() -> ControlFlow<()>,
-) -> u8 {
+/// Runs the command line and returns its exit status.
+pub fn run(args: impl IntoIterator<Item = OsString>, host: &mut dyn Host) -> u8 {
     let cli = match Cli::try_parse_from(std::iter::once("tensorport".into()).chain(args)) {
         Ok(cli) => cli,
         Err(fault) => {
@@ -209,7 +259,7 @@ pub fn run(
             return if fault.use_stderr() { USAGE } else { 0 };
         }
     };
-    match dispatch(cli, host, interrupted) {
+    match dispatch(cli, host) {
         Ok(status) => status,
         Err(Error::Cancelled) => {
             complain("interrupted (an unfinished conversion goes on with --resume)");
@@ -222,37 +272,43 @@ pub fn run(
     }
 }
 
-fn dispatch(cli: Cli, host: Host, interrupted: &mut dyn FnMut() -> ControlFlow<()>) -> Result<u8> {
+fn dispatch(cli: Cli, host: &mut dyn Host) -> Result<u8> {
     if cli.version {
-        let program = match host {
-            Host::Binary => "Rust binary",
-            Host::Python => "Python package",
-        };
-        return print(&format!("tensorport {} ({program})\n", env!("CARGO_PKG_VERSION")));
+        return print(&format!("tensorport {} ({})\n", env!("CARGO_PKG_VERSION"), host.name()));
     }
+    let source = match &cli.command {
+        Some(Command::Convert(args)) => {
+            // Before anything is downloaded.
+            args.options().settled()?;
+            args.resources().pool()?;
+            Some(&args.input)
+        }
+        Some(Command::Verify(args)) => args.source.as_ref(),
+        Some(Command::Inspect(args)) => Some(&args.path),
+        _ => None,
+    };
+    let source = match source {
+        None => None,
+        Some(source) => match host.local_path(source, matches!(cli.command, Some(Command::Convert(_))))? {
+            None => return Ok(FAILED),
+            source => source,
+        },
+    };
+    let arrivals = source.as_ref().and_then(|source| source.arrivals.as_ref());
+    let source = source.as_ref().map(|source| source.path.as_path());
     let mut bar = Bar::default();
     let mut observer = |event: &Event<'_>| {
         bar.show(event);
-        interrupted()
+        host.interrupted()
     };
     match cli.command {
         None => Ok(USAGE),
         Some(Command::Convert(args)) => {
-            let options = Options {
-                format: args.format,
-                precision: args.precision,
-                mxfp4: args.mxfp4,
-                quantize: args.quantize,
-                scale_rule: args.scale_rule,
-                shard_size: args.shard_size,
-                include: args.include,
-                exclude: args.exclude,
-                on_overflow: args.on_overflow.into(),
-            };
+            let source = source.unwrap_or(&args.input);
+            let (options, resources) = (args.options(), args.resources());
             let mode = Mode { resume: args.resume, overwrite: args.overwrite, verify: !args.skip_verify };
-            let resources =
-                Resources { max_memory: args.max_memory, ..Resources::default() }.with_workers(args.workers);
-            let report = convert::convert(&args.input, &args.output, &options, mode, resources, &mut observer)?;
+            let report =
+                convert::convert_arriving(source, arrivals, &args.output, &options, mode, resources, &mut observer)?;
             bar.clear();
             for warning in &report.warnings {
                 complain(&format!("warning: {warning}"));
@@ -260,12 +316,8 @@ fn dispatch(cli: Cli, host: Host, interrupted: &mut dyn FnMut() -> ControlFlow<(
             print(&if args.json { json(&report) } else { describe_conversion(&report) })
         }
         Some(Command::Verify(args)) => {
-            let report = verify::verify(
-                &args.model,
-                args.source.as_deref(),
-                Resources::default().with_workers(args.workers),
-                &mut observer,
-            )?;
+            let report =
+                verify::verify(&args.model, source, Resources::default().with_workers(args.workers), &mut observer)?;
             bar.clear();
             let mut text = if args.json { json(&report) } else { format!("{report}\n") };
             if args.verbose && !args.json {
@@ -276,7 +328,7 @@ fn dispatch(cli: Cli, host: Host, interrupted: &mut dyn FnMut() -> ControlFlow<(
             Ok(if report.ok { 0 } else { FAILED })
         }
         Some(Command::Inspect(args)) => {
-            let checkpoint = Checkpoint::open(&args.path)?;
+            let checkpoint = Checkpoint::open(source.unwrap_or(&args.path))?;
             let mut inspection = inspect::inspect(&checkpoint);
             if args.stats {
                 inspect::add_stats(&mut inspection, &checkpoint, Resources::default(), &mut observer)?;

@@ -2,11 +2,12 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use serde::Serialize;
 
+use crate::arrivals::Arrivals;
 use crate::cast::{Counts, OnOverflow, Target};
 use crate::check::{self, CheckFile, CheckTensor};
 use crate::checkpoint::{Checkpoint, SourceFile};
@@ -94,10 +95,26 @@ pub fn convert(
     resources: Resources,
     observer: &mut Observer<'_>,
 ) -> Result<ConversionReport> {
+    convert_arriving(source, None, output, options, mode, resources, observer)
+}
+
+/// As [`convert`], from stand-ins at `source` for files that `arrivals` tells of.
+pub fn convert_arriving(
+    source: &Path,
+    arrivals: Option<&Arc<Arrivals>>,
+    output: &Path,
+    options: &Options,
+    mode: Mode,
+    resources: Resources,
+    observer: &mut Observer<'_>,
+) -> Result<ConversionReport> {
     let started = Instant::now();
     let pool = resources.pool()?;
     let options = &options.settled()?;
-    let checkpoint = Checkpoint::open(source)?;
+    let mut checkpoint = Checkpoint::open(source)?;
+    if let Some(arrivals) = arrivals {
+        checkpoint = checkpoint.arriving(arrivals);
+    }
     let plan = plan::plan(checkpoint.tensors(), |tensor| checkpoint.path_of(tensor), options)?;
     let side_files = side_files::plan(&checkpoint, &plan, options)?;
     let job = Conversion { checkpoint: &checkpoint, plan: &plan, side_files: &side_files, options, output };
@@ -478,6 +495,10 @@ impl<'a> Job for WriteJob<'a> {
             self.sinks.end_piece(tensor.pieces[chunk.piece].file)?;
         }
         Ok(())
+    }
+
+    fn release(&self) {
+        self.checkpoint.stop_waiting();
     }
 
     fn finish(&self, item: usize, state: WriteState) -> Result<()> {

@@ -114,6 +114,10 @@ pub enum Error {
         expected: String,
     },
 
+    /// Files of the source that were still on their way will not come.
+    #[error("{0}")]
+    Download(String),
+
     /// The caller stopped the job.
     #[error("stopped before the job was done")]
     Cancelled,

@@ -13,6 +13,7 @@
 //! | [`inspect`], [`synthetic`], [`cli`] | tables and statistics, random checkpoints, the command line |
 
 pub mod arena;
+pub mod arrivals;
 pub mod cast;
 mod check;
 pub mod checkpoint;

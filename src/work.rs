@@ -180,6 +180,8 @@ pub trait Job: Sync {
     fn commit(&self, chunk: &Chunk, scratch: &mut Self::Scratch, state: &mut Self::State) -> Result<()>;
     /// All chunks of an item are committed.
     fn finish(&self, item: usize, state: Self::State) -> Result<()>;
+    /// The job was stopped: lets go of workers that wait in `process`.
+    fn release(&self) {}
 }
 
 /// Runs a job on some items to its end, its first error, or the observer's `Break`, which is [`Error::Cancelled`].
@@ -374,6 +376,7 @@ impl<J: Job, I> Shared<'_, J, I> {
     /// Stops everybody, those at a gate included.
     fn release(&self) {
         self.stop.store(true, Ordering::Relaxed);
+        self.job.release();
         for item in &lock(&self.queue).begun {
             // Under the lock, so that no worker is between its look at `stop` and its wait.
             let _gate = lock(&item.gate);

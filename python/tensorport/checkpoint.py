@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from tensorport import _core
 from tensorport.dtypes import DTYPES, SUB_BYTE
+from tensorport.progress import Progress
 from tensorport.reports import grouped, human_bytes
+from tensorport.source import local_path
 
 __all__ = ["Checkpoint", "TensorSpec", "open"]
 
@@ -52,11 +54,9 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
     float4 and float6 tensors are 1-D uint8 arrays of their packed bytes; `specs` has their dtype and shape.
     """
 
-    def __init__(self, source: str | os.PathLike[str]) -> None:
+    def __init__(self, source: str | os.PathLike[str], *, progress: Progress = False) -> None:
         """Opens `source`; see :func:`tensorport.open`."""
-        if not os.fspath(source):
-            raise ValueError("source: found an empty path, expected a file or a directory")
-        self._path = Path(source)
+        self._path = local_path(source, progress)
         self._core = _core.Checkpoint(self._path)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
@@ -81,7 +81,7 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
 
     @property
     def path(self) -> Path:
-        """The path that was opened."""
+        """The path that was opened; of an id the folder in the cache."""
         return self._path
 
     @functools.cached_property
@@ -127,15 +127,21 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
         )
 
 
-def open(source: str | os.PathLike[str]) -> Checkpoint:
+def open(source: str | os.PathLike[str], *, progress: Progress = False) -> Checkpoint:
     """Opens a checkpoint; reads its headers and no tensor data.
 
     Args:
         source: a `.safetensors` file; a directory with an index (its files and no others) or without one (every
-            top-level `*.safetensors`); or a directory that `convert` wrote. Symbolic links are followed.
+            top-level `*.safetensors`); or a directory that `convert` wrote. Symbolic links are followed. Where there is
+            no such path, a string `org/name[@revision][/subfolder]` is a repository's id on a hub (extra `hub`), of
+            which the files of the checkpoint are downloaded; `hf://` before it forces that reading.
+        progress: of a download: False, True for a bar, or a callable that gets a :class:`ProgressEvent`.
 
     Raises:
-        CheckpointError: there is no checkpoint, or its bytes are wrong; names file, tensor, found, expected.
-        OSError: the system refused; FileNotFoundError where `source` does not exist.
+        CheckpointError: there is no checkpoint, or its bytes are wrong; names file, tensor, found, expected. Or the hub
+            refuses, or has no such repository or revision.
+        ImportError: `source` is an id, and the extra `hub` is not installed.
+        OSError: the system refused; FileNotFoundError where `source` is neither a path nor an id, ConnectionError where
+            the hub does not answer and the cache has no whole copy.
     """
-    return Checkpoint(source)
+    return Checkpoint(source, progress=progress)

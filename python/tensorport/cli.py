@@ -7,12 +7,14 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from tensorport import _core
 from tensorport.commands import COMMANDS
 from tensorport.errors import TensorportError
 from tensorport.reports import printable
+from tensorport.source import LocalSource, arriving_source, local_path
 
 __all__ = ["main", "program"]
 
@@ -75,10 +77,10 @@ def _stopped_by_signals(received: list[int]) -> Iterator[None]:
 def _run(arguments: list[str]) -> int:
     if sys.stdout is not None:  # closed before Python started
         sys.stdout.flush()
-    if not arguments or arguments[0] not in COMMANDS:
-        return _core.run_cli(arguments)
-    command = importlib.import_module(f"tensorport.commands.{arguments[0]}")
     try:
+        if not arguments or arguments[0] not in COMMANDS:
+            return _run_core(arguments)
+        command = importlib.import_module(f"tensorport.commands.{arguments[0]}")
         status: int = command.run(arguments[1:])
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -92,10 +94,31 @@ def _run(arguments: list[str]) -> int:
         _complain(fault)
         return 2
     except (TensorportError, OSError, ImportError, ArithmeticError) as fault:
-        if isinstance(fault, OSError) and fault.filename is None:
+        # Writing a result has no file to name; the network has none either.
+        if isinstance(fault, OSError) and fault.filename is None and not isinstance(fault, ConnectionError):
             _let_go_of_stdout()
         _complain(fault)
         return 1
+
+
+def _run_core(arguments: list[str]) -> int:
+    is_shown = sys.stderr is not None and sys.stderr.isatty()
+    opened: list[LocalSource] = []
+
+    def open_source(source: str, may_arrive: bool) -> tuple[Path, _core.Arrivals | None]:
+        if not may_arrive:
+            return local_path(source, is_shown), None
+        opened.append(arriving_source(source, is_shown))
+        return opened[-1].path, opened[-1].arrivals
+
+    try:
+        status = _core.run_cli(arguments, open_source)
+        for source in opened if status == 0 else []:
+            source.finish()
+        return status
+    finally:
+        for source in opened:
+            source.close()
 
 
 def _complain(fault: Exception) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from tensorport import _core
-from tensorport.errors import VerificationError
+from tensorport.errors import CheckpointError, VerificationError
 from tensorport.progress import Progress, observe
 from tensorport.reports import ConversionReport, VerificationReport
+from tensorport.source import arriving_source, local_path
 
 __all__ = ["convert", "verify"]
 
@@ -47,7 +48,7 @@ def convert(
     interruption changes it. Every file appears whole or not at all.
 
     Args:
-        source: what :func:`tensorport.open` opens.
+        source: what :func:`tensorport.open` opens. What an id names is converted while it is downloaded.
         output: the folder to write; a new or an empty one.
         format: `numpy-direct` (or `numpy`): one npy file per tensor, which `jnp.load` reads.
         precision: `source` keeps every bit; the others cast float64, float32, float16 and bfloat16 tensors, rounding
@@ -103,23 +104,30 @@ def convert(
         "exclude": _globs("exclude", exclude),
         "on_overflow": _choice("on_overflow", on_overflow, _ON_OVERFLOW),
     }
-    with observe(progress) as callback:
+    workers, max_memory = _positive("workers", workers), _positive("max_memory", max_memory) or 0
+    output = _path("output", output)
+    with arriving_source(source, progress) as arriving, observe(progress) as callback:
         try:
             report = _core.convert(
-                _path("source", source),
-                _path("output", output),
+                arriving.path,
+                output,
                 json.dumps(options),
                 resume=resume,
                 overwrite=overwrite,
                 verify=verify,
-                workers=_positive("workers", workers),
-                max_memory=_positive("max_memory", max_memory) or 0,
-                callback=callback,
+                workers=workers,
+                max_memory=max_memory,
+                callback=arriving.watched(callback),
+                arrivals=arriving.arrivals,
             )
         except VerificationError as fault:
-            fault.report = VerificationReport._from_json(fault.report, Path(output))
+            fault.report = VerificationReport._from_json(fault.report, output)
             raise
-    result = ConversionReport._from_json(report, Path(output))
+        except CheckpointError:
+            arriving.raise_fault()
+            raise
+        arriving.finish()
+    result = ConversionReport._from_json(report, output)
     for warning in result.warnings:
         python_warnings.warn(warning, stacklevel=2)
     return result
@@ -147,14 +155,12 @@ def verify(
         CheckpointError: the bytes of `source` are wrong. What is wrong with `output` is in the report.
         OSError: the system refused; FileNotFoundError where `output` does not exist.
     """
+    workers = _positive("workers", workers)
+    output = _path("output", output)
+    source = None if source is None else local_path(source, progress)
     with observe(progress) as callback:
-        text = _core.verify(
-            _path("output", output),
-            None if source is None else _path("source", source),
-            workers=_positive("workers", workers),
-            callback=callback,
-        )
-    return VerificationReport._from_json(text, Path(output))
+        text = _core.verify(output, source, workers=workers, callback=callback)
+    return VerificationReport._from_json(text, output)
 
 
 def _choice(name: str, value: str, choices: tuple[str, ...]) -> str:

@@ -24,6 +24,7 @@ from tensorport.leaves import ArraySource, Leaf, Rename, find_leaves, renamed, s
 from tensorport.progress import Progress, observe
 from tensorport.reports import LoadReport, printable
 from tensorport.sharding import ShardingLike, device_regions, place
+from tensorport.source import headers_source
 from tensorport.streaming import stream
 from tensorport.trees import Target, nested_dict, refuse_prefixes
 
@@ -142,7 +143,7 @@ def load_params(
     """
     started = time.perf_counter()
     workers = _checked_options(on_overflow, workers, io)
-    plan = _plan(source, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested)
+    plan = _plan(source, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested, progress=progress)
     params, report = _run(plan, started, on_overflow, workers, io, progress)
     return (params, report) if return_report else params
 
@@ -174,7 +175,7 @@ def load_split_params(
     """
     started = time.perf_counter()
     workers = _checked_options("error", workers, "auto")
-    plan = _plan(source, dtype, "keep", sharding, mesh, None, None, rename, target, True, parts)
+    plan = _plan(source, dtype, "keep", sharding, mesh, None, None, rename, target, True, parts, progress=progress)
     return _run(plan, started, "error", workers, "auto", progress)
 
 
@@ -220,16 +221,17 @@ def load_params_shapes(
     nested: bool = True,
     on_overflow: Literal["error", "warn", "saturate"] = "error",
     workers: int | None = None,
-    progress: Progress = False,  # noqa: ARG001 - an argument of load_params
+    progress: Progress = False,
     io: Literal["auto", "map", "read"] = "auto",
 ) -> Any:
     """The tree that :func:`load_params` would return, as jax.ShapeDtypeStructs; reads headers and no tensor data.
 
     Takes the arguments of :func:`load_params` but `return_report`, and raises what it raises before it reads.
-    ShapeDtypeStructs carry their shardings.
+    ShapeDtypeStructs carry their shardings. Of an id, headers and side files are downloaded, and no tensors.
     """
     _checked_options(on_overflow, workers, io)
-    plan = _plan(source, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested)
+    with headers_source(source, progress) as headers:
+        plan = _plan(headers.path, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested)
     for warning in plan.warnings:
         python_warnings.warn(warning, stacklevel=2)
     structs = [
@@ -277,6 +279,8 @@ def _plan(  # noqa: PLR0917 - what load_params and load_params_shapes hand on, i
     target: Any,
     nested: bool,
     parts: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
+    *,
+    progress: Progress = False,
 ) -> _Plan:
     wanted_dtype = None if dtype is None else np.dtype(dtype)
     if wanted_dtype is not None and wanted_dtype.name not in ("float16", "bfloat16", "float32"):
@@ -284,7 +288,7 @@ def _plan(  # noqa: PLR0917 - what load_params and load_params_shapes hand on, i
             f"dtype: found {wanted_dtype.name}, expected float16, bfloat16 or float32, or None to keep all"
         )
     _choice("mxfp4", mxfp4, ("keep", "dequantize", "raw"))
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(source, progress=progress)
     leaves, warnings = find_leaves(
         checkpoint,
         dtype=wanted_dtype,

@@ -16,7 +16,8 @@ class ProgressEvent:
     """How far a job is.
 
     Attributes:
-        phase: `check` (re-checking an interrupted conversion), `convert`, `verify`, `read`, `load` or `synthesize`.
+        phase: `download` (its bytes are those of files, which count as tensors), `check` (re-checking an interrupted
+            conversion), `convert`, `verify`, `read`, `load` or `synthesize`.
         bytes_done: bytes of tensor data done in this phase.
         bytes_total: bytes of tensor data in this phase.
         tensors_done: tensors done in this phase.
@@ -52,23 +53,25 @@ def observe(progress: Progress) -> Iterator[Callable[[str, int, int, int, int, s
 
 
 class _Bar:
-    """One tqdm bar per phase."""
+    """One tqdm bar per phase, and one for a download that goes on beside it."""
 
     def __init__(self) -> None:
-        self._phase = ""
-        self._bar: Any = None
+        self._bars: dict[str, Any] = {}
 
     def show(self, event: ProgressEvent) -> None:
         from tqdm.auto import tqdm  # noqa: PLC0415 - loads notebook widgets where there are some
 
-        if event.phase != self._phase:
-            self.close()
-            self._phase = event.phase
-            self._bar = tqdm(total=event.bytes_total, desc=event.phase, unit="B", unit_scale=True)
+        if event.phase not in self._bars:
+            self._close({phase for phase in self._bars if "download" not in (phase, event.phase)})
+            self._bars[event.phase] = tqdm(total=event.bytes_total, desc=event.phase, unit="B", unit_scale=True)
+        bar = self._bars[event.phase]
         name = printable(event.tensor[-40:]).replace("\n", " ")
-        self._bar.set_postfix_str(name, refresh=False)
-        self._bar.update(event.bytes_done - self._bar.n)
+        bar.set_postfix_str(name, refresh=False)
+        bar.update(event.bytes_done - bar.n)
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._close(set(self._bars))
+
+    def _close(self, phases: set[str]) -> None:
+        for phase in phases:
+            self._bars.pop(phase).close()

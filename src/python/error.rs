@@ -45,9 +45,10 @@ impl From<Error> for PyErr {
                 Some(errno) => PyOSError::new_err((errno, describe(&source), path.into_os_string())),
                 None => PyOSError::new_err(message),
             },
-            Error::MalformedFile { .. } | Error::MalformedTensor { .. } | Error::NoCheckpoint { .. } => {
-                CheckpointError::new_err(message)
-            }
+            Error::MalformedFile { .. }
+            | Error::MalformedTensor { .. }
+            | Error::NoCheckpoint { .. }
+            | Error::Download(_) => CheckpointError::new_err(message),
             Error::Mapping { .. } => MappingError::new_err(message),
             Error::Overflow { .. } | Error::Output { .. } => ConversionError::new_err(message),
             Error::Verification(_) => VerificationError::new_err(message),

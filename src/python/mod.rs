@@ -8,7 +8,7 @@ mod handlers;
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use numpy::{PyArray1, PyReadonlyArray1};
@@ -17,9 +17,10 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::arena::ArenaPool;
+use crate::arrivals::Arrivals;
 use crate::cast::OnOverflow;
 use crate::checkpoint::{self, Part, TensorSpec};
-use crate::cli::{self, Host};
+use crate::cli::{self, LocalSource};
 use crate::codec;
 use crate::convert::Mode;
 use crate::dtype;
@@ -54,6 +55,33 @@ impl PyMemory {
     fn new() -> Self {
         Self::default()
     }
+}
+
+/// Which files of a source have come.
+#[pyclass(frozen, name = "Arrivals", module = "tensorport._core")]
+#[derive(Default)]
+struct PyArrivals {
+    inner: Arc<Arrivals>,
+}
+
+#[pymethods]
+impl PyArrivals {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+
+    fn arrived(&self, name: String, path: PathBuf) {
+        self.inner.arrived(name, path);
+    }
+
+    fn failed(&self, fault: String) {
+        self.inner.failed(fault);
+    }
+}
+
+fn shared(arrivals: Py<PyArrivals>) -> Arc<Arrivals> {
+    Arc::clone(&arrivals.get().inner)
 }
 
 /// Names of the decoded tensor, of its blocks, of its scales.
@@ -180,7 +208,7 @@ fn select(names: Vec<String>, include: Option<Vec<String>>, exclude: Option<Vec<
 
 /// Converts a checkpoint; `options` is JSON. Returns the report as JSON.
 #[pyfunction]
-#[pyo3(signature = (source, output, options, *, resume, overwrite, verify, workers, max_memory, callback))]
+#[pyo3(signature = (source, output, options, *, resume, overwrite, verify, workers, max_memory, callback, arrivals=None))]
 #[expect(clippy::too_many_arguments, reason = "one per keyword of the Python function")]
 fn convert(
     py: Python<'_>,
@@ -193,12 +221,16 @@ fn convert(
     workers: Option<usize>,
     max_memory: u64,
     callback: Option<Py<PyAny>>,
+    arrivals: Option<Py<PyArrivals>>,
 ) -> PyResult<String> {
+    let arrivals = arrivals.map(shared);
     let options: Options = from_json("options", options)?;
     let mode = Mode { resume, overwrite, verify };
     let resources = Resources { max_memory, ..Resources::default() }.with_workers(workers);
-    run_job(py, callback.as_ref(), |observer| crate::convert(&source, &output, &options, mode, resources, observer))
-        .map(|report| to_json(&report))
+    run_job(py, callback.as_ref(), |observer| {
+        crate::convert::convert_arriving(&source, arrivals.as_ref(), &output, &options, mode, resources, observer)
+    })
+    .map(|report| to_json(&report))
 }
 
 /// Verifies a converted tree. Returns the report as JSON.
@@ -283,19 +315,42 @@ fn ffi_targets(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     handlers::targets(py)
 }
 
-/// Runs the command line. Returns the exit status.
+/// Runs the command line. `local_path` takes a source and returns the path that it names; what it raises is raised.
+/// Returns the exit status.
 #[pyfunction]
-fn run_cli(py: Python<'_>, args: Vec<OsString>) -> u8 {
-    py.detach(|| {
-        cli::run(args, Host::Python, &mut || {
-            // The handler's exception is dropped: the command line says itself that it was interrupted.
-            if Python::attach(|py| py.check_signals().is_err()) {
-                ControlFlow::Break(())
-            } else {
-                ControlFlow::Continue(())
-            }
-        })
-    })
+fn run_cli(py: Python<'_>, args: Vec<OsString>, local_path: Py<PyAny>) -> PyResult<u8> {
+    let mut host = PythonHost { local_path, raised: None };
+    let status = py.detach(|| cli::run(args, &mut host));
+    host.raised.map_or(Ok(status), Err)
+}
+
+/// The entry point of the Python package.
+struct PythonHost {
+    local_path: Py<PyAny>,
+    /// What `local_path` raised.
+    raised: Option<PyErr>,
+}
+
+impl cli::Host for PythonHost {
+    fn name(&self) -> &'static str {
+        "Python package"
+    }
+
+    fn interrupted(&mut self) -> ControlFlow<()> {
+        // The handler's exception is dropped: the command line says itself that it was interrupted.
+        if Python::attach(|py| py.check_signals().is_err()) {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
+    }
+
+    fn local_path(&mut self, source: &Path, may_arrive: bool) -> Result<Option<LocalSource>> {
+        let found: PyResult<(PathBuf, Option<Py<PyArrivals>>)> =
+            Python::attach(|py| self.local_path.call1(py, (source.as_os_str(), may_arrive))?.extract(py));
+        let found = found.map_err(|exception| self.raised = Some(exception)).ok();
+        Ok(found.map(|(path, arrivals)| LocalSource { path, arrivals: arrivals.map(shared) }))
+    }
 }
 
 /// Runs a job without the GIL; signals and the callback get it back now and then. Their exceptions stop the job.
@@ -369,6 +424,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("VerificationError", verification_error)?;
     module.add_class::<PyCheckpoint>()?;
     module.add_class::<PyMemory>()?;
+    module.add_class::<PyArrivals>()?;
     module.add_function(wrap_pyfunction!(select, module)?)?;
     module.add_function(wrap_pyfunction!(convert, module)?)?;
     module.add_function(wrap_pyfunction!(verify, module)?)?;

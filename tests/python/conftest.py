@@ -1,9 +1,11 @@
 """Fixtures that the tests share: golden checkpoints, a real model, and safetensors files written by hand."""
 
+import importlib
 import importlib.util
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import tensorport
 from arrays import random_array
+from fake_hub import FakeHub, serving
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes in signatures are checked in every call, where modules have no arguments of users to refuse by name.
@@ -196,6 +199,30 @@ def write_safetensors() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """An empty hub on 127.0.0.1, which huggingface_hub takes for the hub, and an empty cache."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    constants = importlib.import_module("huggingface_hub.constants")
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with serving() as server:
+        for name, value in {
+            "ENDPOINT": server.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+            "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+        }.items():
+            # These are read from the environment once, when huggingface_hub is imported.
+            monkeypatch.setattr(constants, name, value)
+        yield server
+        # Downloads that were stopped are not waited for.
+        for thread in threading.enumerate():
+            if thread.name == "tensorport-download":
+                thread.join(20)
+        huggingface_hub.close_session()
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
 """The Python blocks of the documentation run as they stand, and print what the text blocks behind them say.
 
 The blocks of a page run from top to bottom in one namespace, in a process of their own, in a temporary folder with the
-checkpoints that the pages name, with warnings as errors. A block behind `<!-- not run: reason -->` is skipped.
+checkpoints that the pages name, on disk and on a hub on 127.0.0.1, with warnings as errors. A block behind
+`<!-- not run: reason -->` is skipped.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from fake_hub import serving
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     "README.md": 2,
     "docs/gpt-oss.md": 1,
+    "docs/hub.md": 1,
     "docs/loading.md": 8,
     "docs/mxfp4.md": 1,
     "docs/mxfp4-training.md": 1,
@@ -87,16 +90,22 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 @pytest.fixture(scope="module")
 def results(
-    tiny: Path, two_layers: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny: Path, two_layers: Path, golden_original: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Mapping[str, list[dict[str, str]]]:
     """By page, what each of its blocks printed and how it failed; none for blocks that were not reached."""
-    return {
-        page: run(page, two_layers if page in RUNNING else tiny, minilm, tmp_path_factory.mktemp("page"))
-        for page in PAGES
-    }
+    with serving() as hub:
+        files = {path.name: path.read_bytes() for path in tiny.iterdir()}
+        original = {f"original/{path.name}": path.read_bytes() for path in golden_original.iterdir() if path.is_file()}
+        hub.add("openai/gpt-oss-20b", files | original)
+        return {
+            page: run(
+                page, two_layers if page in RUNNING else tiny, minilm, hub.endpoint, tmp_path_factory.mktemp("page")
+            )
+            for page in PAGES
+        }
 
 
-def run(page: str, tiny: Path, minilm: Path, folder: Path) -> list[dict[str, str]]:
+def run(page: str, tiny: Path, minilm: Path, hub: str, folder: Path) -> list[dict[str, str]]:
     for name, source in {"gpt-oss-20b": tiny, "gpt-oss-tiny": tiny, "all-MiniLM-L6-v2": minilm}.items():
         (folder / name).symlink_to(source, target_is_directory=True)
     to_run = [
@@ -105,7 +114,12 @@ def run(page: str, tiny: Path, minilm: Path, folder: Path) -> list[dict[str, str
         if block.skip is None
     ]
     (folder / "blocks.json").write_text(json.dumps(to_run), "utf-8")
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(PAGES[page])}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(PAGES[page]),
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(folder / "hf-home"),
+    }
     command = [sys.executable, "-W", "error", "-c", RUNNER, "blocks.json", "results.json"]
     job = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False

@@ -240,14 +240,13 @@ def test_logits_are_those_of_transformers(golden_hf: Path) -> None:
 
 
 def test_without_transformers_the_message_says_what_to_install(
-    golden_hf: Path, golden_original: Path, monkeypatch: pytest.MonkeyPatch
+    golden_hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ImportError, match="pip install torch transformers"):
         tensorport.validate(golden_hf, reference="transformers", max_tokens=45, **FLOAT32)
-    tree = golden_original / "missing"
     with pytest.raises(ValueError, match="layout of Hugging Face"):
-        tensorport.validate(golden_hf, reference="transformers", source=tree, max_tokens=45, **FLOAT32)
+        tensorport.validate(golden_hf, reference="transformers", source=tmp_path, max_tokens=45, **FLOAT32)
 
 
 def test_the_dtype_follows_the_memory(golden_hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 //! Integration tests: one module per area.
 #![allow(clippy::unwrap_used, reason = "a panic is how a test fails, in its fixtures too")]
 
+mod arrivals;
 mod attention;
 mod cast;
 mod convert;

@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from tensorport.commands.terminal import is_terminal
 from tensorport.errors import CheckpointError
+from tensorport.source import local_path
 
 if TYPE_CHECKING:
     from tensorport.models import LanguageModel
@@ -21,10 +21,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """The model, and the dtype that it computes in."""
     parser.add_argument(
         "--model",
-        type=Path,
         required=True,
-        metavar="DIR",
-        help="a checkpoint or a converted tree, with its config.json",
+        metavar="DIR|HUB_ID",
+        help="a checkpoint or a converted tree with its config.json, or org/name[@revision][/subfolder]",
     )
     parser.add_argument(
         "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the computation [default: bfloat16]"
@@ -63,12 +62,14 @@ def load(parsed: argparse.Namespace, *, text: bool) -> "LanguageModel":
     """The model; `text` if it has to have a tokenizer, for which it is refused before gigabytes are read."""
     from tensorport.models.language_model import load_model, read_config  # noqa: PLC0415 - needs JAX
 
+    is_shown = is_terminal(sys.stderr)
+    source = local_path(parsed.model, is_shown, name="--model")
     if text:
         from tensorport.text import Tokenizer  # noqa: PLC0415 - as above
 
-        _, config = read_config(parsed.model)
+        _, config = read_config(source)
         try:
             Tokenizer.from_directory(config.parent)
         except CheckpointError as fault:
             raise CheckpointError(f"{fault} (tensorport generate --prompt-ids)") from fault
-    return load_model(parsed.model, dtype=parsed.dtype, progress=is_terminal(sys.stderr))
+    return load_model(source, dtype=parsed.dtype, progress=is_shown)

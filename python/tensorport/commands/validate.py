@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from tensorport.commands.terminal import encodable, is_terminal
 
@@ -19,15 +18,14 @@ def run(arguments: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--model",
-        type=Path,
         required=True,
-        metavar="DIR",
-        help="a checkpoint or a converted tree, with its config.json",
+        metavar="DIR|HUB_ID",
+        help="a checkpoint or a converted tree with its config.json, or org/name[@revision][/subfolder]",
     )
     parser.add_argument(
         "--reference", metavar="transformers|FILE.npz", help="also compare with transformers, or with stored results"
     )
-    parser.add_argument("--source", type=Path, metavar="DIR", help="also compare a converted tree with its source")
+    parser.add_argument("--source", metavar="DIR|HUB_ID", help="also compare a converted tree with its source")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

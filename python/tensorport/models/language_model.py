@@ -22,6 +22,7 @@ from tensorport.models.registry import Loaded, architecture_of
 from tensorport.progress import Progress
 from tensorport.reports import LoadReport, human_bytes
 from tensorport.sharding import ShardingLike
+from tensorport.source import local_path
 from tensorport.text import Tokenizer
 
 __all__ = ["LanguageModel", "load_model"]
@@ -44,7 +45,7 @@ def load_model(
 ) -> "LanguageModel":
     """Loads a model of any kind that tensorport runs, from checkpoint to text.
 
-    >>> model = tensorport.load_model("gpt-oss-20b")
+    >>> model = tensorport.load_model("openai/gpt-oss-20b")
     >>> model.generate("The capital of France is", max_new_tokens=8, temperature=0)
 
     Weights come as :func:`tensorport.load_params` brings them: on CPU without a copy where their file is aligned, which
@@ -68,6 +69,7 @@ def load_model(
         OSError: the system refused.
         ValueError: an argument is out of its range.
     """
+    source = local_path(source, progress)
     fields, file = read_config(source)
     architecture = architecture_of(fields, str(file))
     loaded = architecture.load(
@@ -91,7 +93,7 @@ def read_config(source: str | os.PathLike[str]) -> tuple[dict[str, Any], Path]:
         CheckpointError: there is none, or it is no JSON object.
         FileNotFoundError: there is no such source.
     """
-    path = Path(source)
+    path = local_path(source)
     path.stat()
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:

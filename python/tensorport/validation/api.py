@@ -18,6 +18,7 @@ from tensorport.errors import CheckpointError, MappingError
 from tensorport.models.language_model import LanguageModel, load_model, read_config
 from tensorport.models.registry import architecture_of
 from tensorport.progress import Progress
+from tensorport.source import local_path
 from tensorport.validation.comparison import Comparison
 from tensorport.validation.memory import choose_dtype, host_available_bytes
 from tensorport.validation.references import Golden, read_golden, transformers_logits
@@ -79,8 +80,10 @@ def validate(
     if max_tokens < 2:
         raise ValueError(f"max_tokens: found {max_tokens}, expected at least 2")
     golden = None if reference is None or reference == "transformers" else read_golden(reference)
+    model = local_path(model, progress, name="model")
+    source = None if source is None else local_path(source, progress)
     checkpoint = Checkpoint(model)
-    run = _Run(Path(model), dtype or choose_dtype(checkpoint))
+    run = _Run(model, dtype or choose_dtype(checkpoint))
     fits = run.tensors_fit()
     run.values(checkpoint)
     tokens = (1, max_tokens) if golden is None else golden.input_ids.shape
@@ -102,7 +105,7 @@ def validate(
                     run.logits(loaded, f"logits of {Path(str(reference)).name}", x, golden.logits, "float32")
                     run.greedy(loaded, golden)
                 elif reference is not None:
-                    expected, other = transformers_logits(Path(source or model), ids, host_available_bytes())
+                    expected, other = transformers_logits(source or model, ids, host_available_bytes())
                     run.logits(loaded, "logits of transformers", x, expected, other)
     if source is not None:
         run.source(source, progress)

@@ -18,6 +18,7 @@ from tensorport.models.gpt_oss.params import load_model_params
 from tensorport.models.gpt_oss.sharding import sharding_rules
 from tensorport.models.language_model import LanguageModel, load_model, read_config
 from tensorport.models.registry import architecture_of
+from tensorport.source import headers_source, local_path
 
 __all__ = [
     "Cache",
@@ -41,6 +42,7 @@ def load(source: str | os.PathLike[str], **options: Any) -> LanguageModel:
     Raises:
         CheckpointError: the checkpoint is of another kind; and what `load_model` raises.
     """
+    source = local_path(source, options.get("progress", False))
     fields, file = read_config(source)
     found = architecture_of(fields, str(file)).model_type
     if found != "gpt_oss":
@@ -49,11 +51,12 @@ def load(source: str | os.PathLike[str], **options: Any) -> LanguageModel:
 
 
 def load_config(source: str | os.PathLike[str]) -> Config:
-    """The configuration of a checkpoint; reads no tensors.
+    """The configuration of a checkpoint; reads no tensors, and of an id downloads none.
 
     Raises:
         CheckpointError: there is no config.json, or it does not describe a gpt-oss that this version runs.
         OSError: the system refused.
     """
-    fields, file = read_config(source)
-    return Config.from_json(fields, str(file))
+    with headers_source(source) as headers:
+        fields, file = read_config(headers.path)
+        return Config.from_json(fields, str(file))
