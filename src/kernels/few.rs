@@ -80,9 +80,11 @@ fn dot<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: usize, const M: u
         }
     }
     for (chunk, bytes) in (S * groups.len()..).zip(others) {
+        vectors.prefetch(bytes, PREFETCH_BYTES);
         F::add_products(vectors, vectors.load(bytes), row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[0]);
     }
     if !rest.is_empty() {
+        vectors.prefetch(rest, PREFETCH_BYTES);
         let (words, chunk) = (vectors.load_part(rest), count - 1);
         F::add_products(vectors, words, row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[0]);
     }

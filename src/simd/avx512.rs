@@ -271,8 +271,8 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
     }
 
     #[inline(always)]
-    fn prefetch(self, line: &[u8; 64], ahead: usize) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().wrapping_add(ahead).cast()) }
+    fn prefetch(self, bytes: &[u8], ahead: usize) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead).cast()) }
     }
 }
 

@@ -224,7 +224,7 @@ impl Vectors for Neon {
 
     /// Nothing: the instruction is not to be had in stable Rust.
     #[inline(always)]
-    fn prefetch(self, _: &[u8; 64], _: usize) {}
+    fn prefetch(self, _: &[u8], _: usize) {}
 }
 
 /// As bfloat16 the values of the codes in bits 4 `number` .. of each 16-bit lane, `number` below 4.

@@ -200,7 +200,7 @@ impl Vectors for Plain {
     }
 
     #[inline(always)]
-    fn prefetch(self, _: &[u8; 64], _: usize) {}
+    fn prefetch(self, _: &[u8], _: usize) {}
 }
 
 /// 2^(byte − 127), NaN for 255.

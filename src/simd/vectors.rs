@@ -96,6 +96,6 @@ pub(crate) trait Vectors: Copy {
         let sum = self.mul_add(self.bf16_odd(a), self.bf16_odd(b), sum);
         self.mul_add(self.bf16_even(a), self.bf16_even(b), sum)
     }
-    /// Asks for the line that is `ahead` bytes behind the start of `line`, which need not exist.
-    fn prefetch(self, line: &[u8; 64], ahead: usize);
+    /// Asks for the line that is `ahead` bytes behind the start of `bytes`, which need not exist.
+    fn prefetch(self, bytes: &[u8], ahead: usize);
 }
