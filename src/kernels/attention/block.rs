@@ -1,6 +1,6 @@
 //! Blocks of keys and values: which positions they hold, and how they become rows to multiply by.
 
-use zerocopy::IntoBytes;
+use zerocopy::{Immutable, IntoBytes};
 
 use super::super::floats::Floats;
 use crate::simd::Vectors;
@@ -99,9 +99,7 @@ impl Block {
 }
 
 /// Values in memory, N vectors of float32 to 64 bytes.
-trait Stored<V: Vectors, const N: usize>: Copy {
-    /// 64 bytes of them.
-    fn load(vectors: V, row: &[Self], chunk: usize, ahead: usize) -> V::Words;
+trait Stored<V: Vectors, const N: usize>: Copy + IntoBytes + Immutable {
     /// Of each 32-bit lane the values, the first of all lanes before the second.
     fn of_lanes(vectors: V, words: V::Words) -> [V::Floats; N];
     /// The values in their order.
@@ -109,16 +107,6 @@ trait Stored<V: Vectors, const N: usize>: Copy {
 }
 
 impl<V: Vectors> Stored<V, 2> for u16 {
-    #[inline(always)]
-    fn load(vectors: V, row: &[u16], chunk: usize, ahead: usize) -> V::Words {
-        let rest = row.get(32 * chunk..).unwrap_or_default();
-        if let Some(line) = rest.first_chunk::<32>() {
-            vectors.prefetch(zerocopy::transmute_ref!(line), 2 * ahead);
-            return vectors.load(zerocopy::transmute_ref!(line));
-        }
-        vectors.load_part(rest.as_bytes())
-    }
-
     #[inline(always)]
     fn of_lanes(vectors: V, words: V::Words) -> [V::Floats; 2] {
         [vectors.bf16_even(words), vectors.bf16_odd(words)]
@@ -132,16 +120,6 @@ impl<V: Vectors> Stored<V, 2> for u16 {
 
 impl<V: Vectors> Stored<V, 1> for f32 {
     #[inline(always)]
-    fn load(vectors: V, row: &[f32], chunk: usize, ahead: usize) -> V::Words {
-        let rest = row.get(16 * chunk..).unwrap_or_default();
-        if let Some(line) = rest.first_chunk::<16>() {
-            vectors.prefetch(zerocopy::transmute_ref!(line), 4 * ahead);
-            return vectors.load(zerocopy::transmute_ref!(line));
-        }
-        vectors.load_part(rest.as_bytes())
-    }
-
-    #[inline(always)]
     fn of_lanes(vectors: V, words: V::Words) -> [V::Floats; 1] {
         [vectors.floats(words)]
     }
@@ -149,6 +127,19 @@ impl<V: Vectors> Stored<V, 1> for f32 {
     #[inline(always)]
     fn in_order(vectors: V, words: V::Words) -> [V::Floats; 1] {
         [vectors.floats(words)]
+    }
+}
+
+/// 64 bytes of a row, and zeros behind its end; asks for those so many values ahead.
+#[inline(always)]
+fn load<V: Vectors, X: IntoBytes + Immutable>(vectors: V, row: &[X], chunk: usize, ahead: usize) -> V::Words {
+    let rest = row.as_bytes().get(64 * chunk..).unwrap_or_default();
+    match rest.first_chunk() {
+        Some(line) => {
+            vectors.prefetch(line, size_of::<X>() * ahead);
+            vectors.load(line)
+        }
+        None => vectors.load_part(rest),
     }
 }
 
@@ -173,10 +164,10 @@ fn turn<V: Vectors, X: Stored<V, N>, const N: usize>(
     for (place, positions) in positions.as_chunks::<16>().0.iter().enumerate() {
         let first = start + 16 * place;
         for (chunk, out) in out.chunks_exact_mut(16 * N * VECTORS).enumerate() {
-            let mut lines = [X::load(vectors, &[], 0, 0); 16];
+            let mut lines = [load::<V, X>(vectors, &[], 0, 0); 16];
             for (lane, (line, position)) in lines.iter_mut().zip(positions).enumerate() {
                 let row = row_of(all, &rows, *position, first + lane);
-                *line = X::load(vectors, row, chunk, KEYS * rows.stride);
+                *line = load(vectors, row, chunk, KEYS * rows.stride);
             }
             let turned = vectors.transpose(lines);
             for (words, out) in turned.into_iter().zip(out.chunks_exact_mut(N * VECTORS)) {
@@ -204,7 +195,7 @@ fn widen<V: Vectors, X: Stored<V, N>, const N: usize>(
     for ((key, position), out) in (start..).zip(positions).zip(out.chunks_exact_mut(chunks * N)) {
         let row = row_of(all, &rows, *position, key);
         for (chunk, out) in out.as_chunks_mut::<N>().0.iter_mut().enumerate() {
-            let floats = X::in_order(vectors, X::load(vectors, row, chunk, KEYS * rows.stride));
+            let floats = X::in_order(vectors, load(vectors, row, chunk, KEYS * rows.stride));
             for n in 0..N {
                 out[n] = vectors.store_f32(floats[n]);
             }
