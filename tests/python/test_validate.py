@@ -212,8 +212,8 @@ def test_another_rope_factor_is_found_beside_stored_results(edited: Edited, gold
 def test_a_cache_that_keeps_other_values_is_found(golden_hf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = LayerCache.write
 
-    def write_wrong(self: LayerCache, keys: Any, values: Any, positions: Any, lengths: Any) -> LayerCache:
-        return write(self, keys, values * (1 + 1e-3 * (positions == 17))[..., None, None], positions, lengths)
+    def write_wrong(self: LayerCache, keys: Any, values: Any, positions: Any, *rest: Any, **options: Any) -> LayerCache:
+        return write(self, keys, values * (1 + 1e-3 * (positions == 17))[..., None, None], positions, *rest, **options)
 
     monkeypatch.setattr(LayerCache, "write", write_wrong)
     # No other test has a prompt of this length, for which functions may be compiled already.
