@@ -9,10 +9,6 @@ use super::matrix::{Matrix, Row};
 use super::packed::{Operand, Rows};
 use crate::simd::Vectors;
 
-/// How far ahead of the chunk in work lines are asked for. For MXFP4 2 to 8 KiB measured alike, and less was slower
-/// (AVX-512, 2026-11).
-const PREFETCH_BYTES: usize = 4096;
-
 /// Some rows of a matrix times a few rows of activations: `out[column * rows.len() + row]`.
 #[inline(always)]
 pub(super) fn multiply<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: usize>(
@@ -75,17 +71,17 @@ fn dot<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: usize, const M: u
     for (group, chunks) in groups.iter().enumerate() {
         for number in 0..S {
             let chunk = S * group + number;
-            vectors.prefetch(&chunks[number], PREFETCH_BYTES);
+            vectors.prefetch(&chunks[number], F::PREFETCH_BYTES);
             let words = vectors.load(&chunks[number]);
             F::add_products(vectors, words, row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[number]);
         }
     }
     for (chunk, bytes) in (S * groups.len()..).zip(others) {
-        vectors.prefetch(bytes, PREFETCH_BYTES);
+        vectors.prefetch(bytes, F::PREFETCH_BYTES);
         F::add_products(vectors, vectors.load(bytes), row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[0]);
     }
     if !rest.is_empty() {
-        vectors.prefetch(rest, PREFETCH_BYTES);
+        vectors.prefetch(rest, F::PREFETCH_BYTES);
         let (words, chunk) = (vectors.load_part(rest), count - 1);
         F::add_products(vectors, words, row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[0]);
     }

@@ -14,7 +14,7 @@ use crate::simd::{Level, VectorKernel, Vectors};
 const FEW: usize = 4;
 
 /// Bytes of a matrix that one task reads when there are few: enough that tasks cost nothing beside it.
-const TASK_BYTES: usize = 1 << 18;
+const TASK_BYTES: usize = 1 << 19;
 
 /// Rows of each of `matrices` like `matrix` that one task multiplies by at most so many rows of activations.
 pub(super) fn rows_of_task(matrix: &Matrix<'_>, columns: usize, matrices: usize) -> usize {
