@@ -13,7 +13,9 @@ use crate::error::{Error, Result};
 use crate::file;
 use crate::manifest::Losses;
 use crate::mxfp4::ErrorSums;
-use crate::output::npy;
+use crate::options::Format;
+use crate::ordered_map::OrderedMap;
+use crate::output::{self, Stretch, Tensor};
 use crate::plan::PlannedTensor;
 use crate::progress::{Observer, Phase, Progress};
 use crate::system;
@@ -45,8 +47,6 @@ pub(crate) struct CheckTensor<'a> {
 pub(crate) struct CheckFile<'a> {
     /// Path relative to the tree.
     pub path: &'a str,
-    /// Its size.
-    pub nbytes: u64,
     /// Where the data begins.
     pub offset: u64,
     /// Which bytes of the tensor it holds.
@@ -59,10 +59,8 @@ impl CheckTensor<'_> {
         self.files.last().map_or(0, |file| file.data.end)
     }
 
-    /// The npy header of one of its files; None where the file's data is no whole number of rows.
-    pub fn npy_header(&self, file: &CheckFile<'_>) -> Option<Vec<u8>> {
-        let nbytes = file.data.end - file.data.start;
-        npy::part_shape(self.dtype, self.shape, self.nbytes(), nbytes).map(|shape| npy::header(self.dtype, &shape))
+    fn view(&self) -> Tensor<'_> {
+        Tensor { name: self.name, dtype: self.dtype, shape: self.shape, nbytes: self.nbytes() }
     }
 
     fn failure(&self, file: &CheckFile<'_>, what: String) -> Failure {
@@ -74,36 +72,81 @@ impl CheckTensor<'_> {
     }
 }
 
-/// Re-reads tensors of the tree at `root` and returns what is wrong with them, in their order.
+/// A tree whose tensors are re-read.
+#[derive(Clone, Copy)]
+pub(crate) struct Tree<'a> {
+    /// Its folder.
+    pub root: &'a Path,
+    /// Its format.
+    pub format: Format,
+    /// The metadata in it.
+    pub metadata: &'a OrderedMap<String>,
+}
+
+/// What is wrong with tensors that were re-read.
+#[derive(Default)]
+pub(crate) struct Findings {
+    /// Each fault, in the order of the tensors.
+    pub failures: Vec<Failure>,
+    /// For each tensor whether anything is wrong with it or its files.
+    pub is_broken: Vec<bool>,
+}
+
+/// Re-reads tensors of a tree. Those of one file follow each other.
 pub(crate) fn check_tensors(
     phase: Phase,
-    root: &Path,
+    tree: Tree<'_>,
     tensors: &[CheckTensor<'_>],
     source: Option<&Source<'_>>,
     pool: Pool,
     observer: &mut Observer<'_>,
-) -> Result<Vec<Failure>> {
+) -> Result<Findings> {
     let mut failures = Vec::new();
-    let mut whole = vec![true; tensors.len()];
-    for (item, tensor) in tensors.iter().enumerate() {
-        // Sizes and headers first: a manifest can claim any number of bytes, but only those that are there are read.
-        for file in &tensor.files {
-            if let Err(fault) = open_checked(&root.join(file.path), tensor, file) {
-                failures.push((item, tensor.failure(file, read_fault(fault)?)));
-                whole[item] = false;
-            }
-        }
-    }
+    let mut is_broken = vec![false; tensors.len()];
+    // Sizes and frames first: a manifest can claim any number of bytes, but only those that are there are read.
+    let stretches = tensors.iter().enumerate().flat_map(|(item, tensor)| {
+        tensor.files.iter().enumerate().map(move |(part, file)| Stretch {
+            tensor: (item, part),
+            view: tensor.view(),
+            file: file.path,
+            offset: file.offset,
+            data: file.data.clone(),
+            part_bytes: tensor.files[0].data.end,
+        })
+    });
+    output::for_each_file(stretches, |stretches| {
+        let Err(fault) = check_file(tree, stretches) else { return Ok(()) };
+        let what = read_fault(fault)?;
+        let items = stretches.iter().map(|stretch| stretch.tensor.0);
+        let (first, last) = (stretches[0].tensor.0, stretches[stretches.len() - 1].tensor.0);
+        let tensor = (first == last).then(|| tensors[first].name.to_owned());
+        failures.push((first, Failure { file: stretches[0].file.to_owned(), tensor, what }));
+        items.for_each(|item| is_broken[item] = true);
+        Ok(())
+    })?;
     let names = tensors.iter().map(|tensor| tensor.name).collect();
-    let nbytes = tensors.iter().zip(&whole).filter(|(_, whole)| **whole).map(|(tensor, _)| tensor.nbytes()).sum();
+    let whole = || (0..tensors.len()).filter(|&item| !is_broken[item]);
+    let nbytes = whole().map(|item| tensors[item].nbytes()).sum();
     let progress = Progress::new(phase, names, nbytes);
     let worker_bytes = pool.worker_bytes;
-    let job = CheckJob { root, tensors, source, worker_bytes, progress: &progress, failures: Mutex::new(failures) };
-    let items = (0..tensors.len()).filter(|&item| whole[item]);
-    work::run(&job, items, pool.workers, &progress, observer)?;
+    let failures = Mutex::new(failures);
+    let job = CheckJob { root: tree.root, tensors, source, worker_bytes, progress: &progress, failures };
+    work::run(&job, whole(), pool.workers, &progress, observer)?;
     let mut failures = job.failures.into_inner().unwrap_or_else(PoisonError::into_inner);
     failures.sort_by_key(|(item, _)| *item);
-    Ok(failures.into_iter().map(|(_, failure)| failure).collect())
+    for (item, _) in &failures {
+        is_broken[*item] = true;
+    }
+    Ok(Findings { failures: failures.into_iter().map(|(_, failure)| failure).collect(), is_broken })
+}
+
+/// Compares a file's size and frames with what its format makes of its tensors.
+fn check_file(tree: Tree<'_>, stretches: &[Stretch<'_, &str>]) -> Result<()> {
+    let path = tree.root.join(stretches[0].file);
+    let layout = output::layout_of(tree.format.layout(), stretches, tree.metadata)
+        .map_err(|found| Error::file(&path, found, "parts where the format has them"))?;
+    let (handle, stat) = file::open_regular(&path)?;
+    output::check_frames(&path, &handle, stat.len(), &layout)
 }
 
 struct CheckJob<'a> {
@@ -246,14 +289,14 @@ impl<'a> Job for CheckJob<'a> {
 }
 
 impl CheckJob<'_> {
-    /// Reads a chunk of a written tensor, after checking its file when it is opened.
+    /// Reads a chunk of a written tensor.
     fn read(&self, chunk: &Chunk, scratch: &mut CheckScratch<'_>, start: u64) -> Result<()> {
         let tensor = &self.tensors[chunk.item];
         let file = &tensor.files[chunk.piece];
         let path = self.root.join(file.path);
         let handle = match &mut scratch.handle {
             Some((item, piece, handle)) if (*item, *piece) == (chunk.item, chunk.piece) => handle,
-            slot => &mut slot.insert((chunk.item, chunk.piece, open_checked(&path, tensor, file)?)).2,
+            slot => &mut slot.insert((chunk.item, chunk.piece, file::open_regular(&path)?.0)).2,
         };
         file::read_exact_at(
             &path,
@@ -271,20 +314,6 @@ impl CheckJob<'_> {
     fn failures(&self) -> MutexGuard<'_, Vec<(usize, Failure)>> {
         lock(&self.failures)
     }
-}
-
-fn open_checked(path: &Path, tensor: &CheckTensor<'_>, expected: &CheckFile<'_>) -> Result<File> {
-    let (handle, stat) = file::open_regular(path)?;
-    if stat.len() != expected.nbytes {
-        return Err(Error::file(path, format_args!("{} bytes", stat.len()), format_args!("{}", expected.nbytes)));
-    }
-    let expected = tensor.npy_header(expected);
-    let mut header = vec![0; expected.as_ref().map_or(0, Vec::len)];
-    file::read_exact_at(path, &handle, &mut header, 0)?;
-    if Some(header) != expected {
-        return Err(Error::file(path, "another npy header", "the one for its dtype and shape"));
-    }
-    Ok(handle)
 }
 
 /// Where a tensor differs from the source first, if it does.

@@ -21,8 +21,9 @@ use crate::journal;
 use crate::manifest::{self, MANIFEST_NAME, Manifest};
 use crate::mapping::Mapping;
 use crate::mxfp4::{self, Candidate, Pairing};
+use crate::options::Format;
 use crate::ordered_map::OrderedMap;
-use crate::output::npy;
+use crate::output::{self, Stretch, Tensor};
 use crate::system;
 use crate::work::lock;
 
@@ -103,6 +104,12 @@ impl TensorSpec {
     #[must_use]
     pub fn candidate<'a>(&'a self, path: &'a Path) -> Candidate<'a> {
         Candidate { name: &self.name, dtype: self.dtype, shape: &self.shape, path }
+    }
+
+    /// What a format knows of it.
+    #[must_use]
+    pub fn view(&self) -> Tensor<'_> {
+        Tensor { name: &self.name, dtype: self.dtype, shape: &self.shape, nbytes: self.nbytes }
     }
 }
 
@@ -213,20 +220,26 @@ impl Checkpoint {
             nbytes: manifest_bytes.len() as u64,
             header_xxh3_128: Checksum::of(manifest_bytes),
         });
+        let mut last = String::new();
         for (name, info) in manifest.tensors.0 {
             let spec = tree_tensor(&manifest_path, &name, &info)?;
             let mut parts = Vec::with_capacity(info.files.len());
-            for ((relative, &offset), &nbytes) in info.files.iter().zip(&info.offsets).zip(&info.part_nbytes) {
-                let path = manifest::tree_path(root, relative).ok_or_else(|| {
-                    let expected = "a plain path below the manifest's folder";
-                    Error::tensor(&manifest_path, &name, format_args!("file {relative:?}"), expected)
-                })?;
-                let stat = npy_file(&path, &name, &spec, offset, nbytes)?;
-                let file = builder.add_file(relative.clone(), &path, &stat)?;
-                parts.push(Part { file, offset, nbytes });
+            for ((relative, &offset), &nbytes) in info.files.into_iter().zip(&info.offsets).zip(&info.part_nbytes) {
+                // Tensors of one file follow each other.
+                if builder.files.is_empty() || relative != last {
+                    let path = manifest::tree_path(root, &relative).ok_or_else(|| {
+                        let expected = "a plain path below the manifest's folder";
+                        Error::tensor(&manifest_path, &name, format_args!("file {relative:?}"), expected)
+                    })?;
+                    let stat = file::open_regular(&path).map_err(|fault| tree_file_fault(&path, &name, fault))?.1;
+                    builder.add_file(relative.clone(), &path, &stat)?;
+                    last = relative;
+                }
+                parts.push(Part { file: builder.files.len() - 1, offset, nbytes });
             }
             builder.tensors.push(TensorSpec { parts, ..spec });
         }
+        builder.check_files(manifest.options.format, &manifest.metadata)?;
         builder.finish(manifest.metadata)
     }
 
@@ -421,6 +434,33 @@ impl Builder {
         Ok(self.files.len() - 1)
     }
 
+    /// Checks that the files of a tree are those that its format makes: their sizes and everything but the data.
+    fn check_files(&self, format: Format, metadata: &OrderedMap<String>) -> Result<()> {
+        let stretches = self.tensors.iter().enumerate().flat_map(|(item, spec)| {
+            let mut start = 0;
+            spec.parts.iter().enumerate().map(move |(number, part)| {
+                let data = start..start + part.nbytes;
+                start = data.end;
+                Stretch {
+                    tensor: (item, number),
+                    view: spec.view(),
+                    file: part.file,
+                    offset: part.offset,
+                    data,
+                    part_bytes: spec.parts[0].nbytes,
+                }
+            })
+        });
+        output::for_each_file(stretches, |stretches| {
+            let SourceFile { path, nbytes, .. } = &self.files[stretches[0].file];
+            let name = stretches[0].view.name;
+            let layout = output::layout_of(format.layout(), stretches, metadata)
+                .map_err(|found| Error::tensor(path, name, found, "parts where the format has them"))?;
+            let (handle, _) = file::open_regular(path)?;
+            output::check_frames(path, &handle, *nbytes, &layout).map_err(|fault| tree_file_fault(path, name, fault))
+        })
+    }
+
     fn finish(self, metadata: OrderedMap<String>) -> Result<Checkpoint> {
         let by_name = self.sort_names()?;
         let candidates: Vec<_> = self.tensors.iter().map(|tensor| tensor.candidate(&self.root)).collect();
@@ -498,33 +538,15 @@ pub(crate) fn tree_tensor(manifest: &Path, name: &str, info: &manifest::TensorIn
     Ok(TensorSpec { name: name.to_owned(), dtype, shape: info.shape.clone(), nbytes, parts: Vec::new() })
 }
 
-/// Checks that an npy file is the one that the manifest describes: its size and its header, byte for byte.
-pub(crate) fn npy_file(path: &Path, name: &str, spec: &TensorSpec, offset: u64, nbytes: u64) -> Result<Metadata> {
-    let fault = |found: String, expected: String| Error::tensor(path, name, found, expected);
-    let shape = npy::part_shape(spec.dtype, &spec.shape, spec.nbytes, nbytes)
-        .ok_or_else(|| fault(format!("a part of {nbytes} bytes"), format!("whole rows of {:?}", spec.shape)))?;
-    let header = npy::header(spec.dtype, &shape);
-    if header.len() as u64 != offset {
-        return Err(fault(format!("offset {offset} in the manifest"), format!("{}", header.len())));
-    }
-    let (file, stat) = file::open_regular(path).map_err(|found| match found {
+/// A fault of a tree's file, as one of the tensor that is looked for in it.
+fn tree_file_fault(path: &Path, tensor: &str, fault: Error) -> Error {
+    match fault {
         Error::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
-            fault("no such file".into(), "the file that the manifest names".into())
+            Error::tensor(path, tensor, "no such file", "the file that the manifest names")
         }
+        Error::MalformedFile { found, expected, .. } => Error::tensor(path, tensor, found, expected),
         other => other,
-    })?;
-    let expected = offset + nbytes;
-    if stat.len() != expected {
-        return Err(fault(format!("{} bytes", stat.len()), format!("{expected} bytes")));
     }
-    let mut actual = vec![0; header.len()];
-    file::read_exact_at(path, &file, &mut actual, 0)?;
-    if actual != header {
-        let text = String::from_utf8_lossy(&header[10..]);
-        let found = String::from_utf8_lossy(&actual).trim_end().to_owned();
-        return Err(fault(format!("npy header {found:?}"), format!("{:?}", text.trim_end())));
-    }
-    Ok(stat)
 }
 
 /// Modification time in nanoseconds since 1970; 0 where the filesystem has none.

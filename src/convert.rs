@@ -1,6 +1,6 @@
 //! Executes a plan: parallel, in bounded buffers, resumable, every file whole or absent.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::arrivals::Arrivals;
 use crate::cast::{Counts, OnOverflow, Target};
-use crate::check::{self, CheckFile, CheckTensor};
+use crate::check::{self, CheckFile, CheckTensor, Findings, Tree};
 use crate::checkpoint::{Checkpoint, SourceFile};
 use crate::checksum::TensorHasher;
 use crate::dtype;
@@ -26,7 +26,7 @@ use crate::progress::{Observer, Phase, Progress};
 use crate::side_files::{self, SideFile};
 use crate::sink::Sinks;
 use crate::transform::{self, Producer};
-use crate::verify::{self, Failure, VerificationReport};
+use crate::verify::{self, VerificationReport};
 use crate::work::{self, Chunk, Chunks, Job, Pool, Resources, lock};
 
 /// How a conversion treats what is already in the output folder, and whether it checks what it wrote.
@@ -115,7 +115,8 @@ pub fn convert_arriving(
     if let Some(arrivals) = arrivals {
         checkpoint = checkpoint.arriving(arrivals);
     }
-    let plan = plan::plan(checkpoint.tensors(), |tensor| checkpoint.path_of(tensor), options)?;
+    let path_of = |tensor| checkpoint.path_of(tensor);
+    let plan = plan::plan(checkpoint.tensors(), path_of, checkpoint.metadata(), options)?;
     let side_files = side_files::plan(&checkpoint, &plan, options)?;
     let job = Conversion { checkpoint: &checkpoint, plan: &plan, side_files: &side_files, options, output };
     let expected = Expected::new(&checkpoint, &plan, &side_files, options);
@@ -160,11 +161,17 @@ impl Conversion<'_> {
         };
         let mut done: Vec<_> = self.plan.tensors.iter().map(listed).collect();
         if done.iter().any(Option::is_some) {
-            let entries = done.iter().map(Option::as_ref);
-            let failures = self.check(Phase::Check, entries, pool, observer)?;
-            let broken: BTreeSet<_> = failures.into_iter().filter_map(|failure| failure.tensor).collect();
+            let findings = self.check(Phase::Check, done.iter().map(Option::as_ref), pool, observer)?;
+            let mut is_broken = findings.is_broken.into_iter();
             for entry in &mut done {
-                entry.take_if(|entry| broken.contains(&entry.tensor));
+                entry.take_if(|_| is_broken.next().unwrap_or(true));
+            }
+        }
+        // A file is written whole: what is missing of it takes along what is there.
+        for file in &self.plan.files {
+            let tensors = file.placed.tensors.clone();
+            if done[tensors.clone()].iter().any(Option::is_none) {
+                done[tensors].fill(None);
             }
         }
         Ok(done)
@@ -177,7 +184,7 @@ impl Conversion<'_> {
         entries: impl Iterator<Item = Option<&'b Entry>>,
         pool: Pool,
         observer: &mut Observer<'_>,
-    ) -> Result<Vec<Failure>> {
+    ) -> Result<Findings> {
         let checks: Vec<_> = self
             .plan
             .tensors
@@ -185,15 +192,15 @@ impl Conversion<'_> {
             .zip(entries)
             .filter_map(|(tensor, entry)| Some(self.check_of(tensor, entry?)))
             .collect();
-        check::check_tensors(phase, self.output, &checks, None, pool, observer)
+        let tree = Tree { root: self.output, format: self.options.format, metadata: self.checkpoint.metadata() };
+        check::check_tensors(phase, tree, &checks, None, pool, observer)
     }
 
     fn check_of<'b>(&'b self, tensor: &'b PlannedTensor, entry: &'b Entry) -> CheckTensor<'b> {
         let unit_bytes = tensor.transform.output_unit_bytes();
         let files = tensor.pieces.iter().map(|piece| {
-            let file = &self.plan.files[piece.file];
             let data = piece.units.start * unit_bytes..piece.units.end * unit_bytes;
-            CheckFile { path: &file.path, nbytes: file.nbytes, offset: piece.offset, data }
+            CheckFile { path: self.plan.files[piece.file].path(), offset: piece.offset, data }
         });
         CheckTensor {
             name: &tensor.name,
@@ -215,44 +222,65 @@ impl Conversion<'_> {
         pool: Pool,
         observer: &mut Observer<'_>,
     ) -> Result<Vec<Entry>> {
-        for (shard, _) in &self.plan.shards {
-            let folder = self.output.join(shard);
+        for folder in self.plan.folders() {
+            let folder = self.output.join(folder);
             output_folder::refuse_link(&folder)?;
             std::fs::create_dir_all(&folder).map_err(|fault| Error::io(&folder, fault))?;
         }
-        let todo: Vec<_> = (0..done.len()).filter(|&tensor| done[tensor].is_none()).collect();
+        let todo = self.in_turns(&done, pool.workers);
         let tensors = || todo.iter().map(|&tensor| &self.plan.tensors[tensor]);
         let names = tensors().map(|tensor| tensor.name.as_str()).collect();
         let bytes_total = tensors().map(|tensor| tensor.nbytes).sum();
         let progress = Progress::new(Phase::Convert, names, bytes_total);
         let job = WriteJob {
             checkpoint: self.checkpoint,
-            tensors: &self.plan.tensors,
+            plan: self.plan,
             todo: &todo,
             worker_bytes: pool.worker_bytes,
             sinks: Sinks::new(
                 self.output,
-                &self.plan.files,
+                self.plan.files.iter().map(|file| (file.path(), file.nbytes)),
                 tensors().flat_map(|tensor| tensor.pieces.iter().map(|piece| piece.file)),
             ),
             on_overflow: self.options.on_overflow,
             journal,
-            entries: Mutex::new(done),
+            ledger: Mutex::new(Ledger::new(self.plan, done)),
             progress: &progress,
         };
         work::run(&job, 0..todo.len(), pool.workers, &progress, observer)?;
-        for (shard, _) in &self.plan.shards {
-            file::sync_folder(&self.output.join(shard))?;
+        for folder in self.plan.folders() {
+            file::sync_folder(&self.output.join(folder))?;
         }
-        let entries = job.entries.into_inner().unwrap_or_else(PoisonError::into_inner);
-        Ok(entries.into_iter().map(|entry| entry.expect("what was not done before is done now")).collect())
+        let ledger = job.ledger.into_inner().unwrap_or_else(PoisonError::into_inner);
+        Ok(ledger.entries.into_iter().map(|entry| entry.expect("what was not done before is done now")).collect())
+    }
+
+    /// The tensors that are not done, in the order in which they are begun: as many files in turns as there are workers, for
+    /// the kernel lets one of them write a file at a time.
+    fn in_turns(&self, done: &[Option<Entry>], workers: usize) -> Vec<usize> {
+        let is_first = |tensor: &usize| {
+            let file = self.plan.tensors[*tensor].pieces.first().map(|piece| &self.plan.files[piece.file]);
+            file.is_none_or(|file| file.placed.tensors.start == *tensor)
+        };
+        let mut files: Vec<Vec<usize>> = Vec::new();
+        for tensor in (0..done.len()).filter(|&tensor| done[tensor].is_none()) {
+            match files.last_mut() {
+                Some(file) if !is_first(&tensor) => file.push(tensor),
+                _ => files.push(vec![tensor]),
+            }
+        }
+        let turns = files.chunks(workers.max(1)).flat_map(|files| {
+            let longest = files.iter().map(Vec::len).max().unwrap_or(0);
+            (0..longest).flat_map(move |turn| files.iter().filter_map(move |file| file.get(turn).copied()))
+        });
+        turns.collect()
     }
 
     /// What the manifest says of each tensor, made when it is asked for.
     fn tensor_infos<'b>(&'b self, entries: &'b [Entry]) -> impl Iterator<Item = (&'b str, TensorInfo)> {
         self.plan.tensors.iter().zip(entries).map(|(tensor, entry)| {
             let info = TensorInfo {
-                files: tensor.pieces.iter().map(|piece| self.plan.files[piece.file].path.clone()).collect(),
+                files: tensor.pieces.iter().map(|piece| self.plan.files[piece.file].path().to_owned()).collect(),
                 offsets: tensor.pieces.iter().map(|piece| piece.offset).collect(),
                 part_nbytes: tensor.pieces.iter().map(|piece| tensor.piece_nbytes(piece)).collect(),
                 shape: tensor.shape.clone(),
@@ -277,12 +305,11 @@ impl Conversion<'_> {
         }
         let shards = self.plan.shards.iter().map(|(name, range)| {
             let files = &self.plan.files[range.clone()];
-            let nbytes = files.iter().map(|file| file.nbytes - file.data_offset).sum();
+            let nbytes = files.iter().map(|file| file.data_nbytes).sum();
             (name.clone(), ShardInfo { files: files.len() as u64, nbytes })
         });
-        let format = serde_json::to_value(self.options.format).expect("a unit variant serializes");
         Ok(Manifest {
-            format: format.as_str().unwrap_or_default().to_owned(),
+            format: self.options.format.name().into(),
             format_version: FORMAT_VERSION,
             tensorport_version: env!("CARGO_PKG_VERSION").into(),
             source: SourceInfo { files: self.checkpoint.fingerprints().to_vec() },
@@ -310,7 +337,7 @@ impl Conversion<'_> {
         let started = Instant::now();
         let mut failures = Vec::new();
         verify::check_side_files(self.output, manifest, &mut failures)?;
-        failures.extend(self.check(Phase::Verify, entries.iter().map(Some), pool, observer)?);
+        failures.extend(self.check(Phase::Verify, entries.iter().map(Some), pool, observer)?.failures);
         if failures.is_empty() {
             return Ok(());
         }
@@ -416,15 +443,47 @@ fn quantized(blocks: &str, source_dtype: &str, error: QuantizationError) -> (Str
 /// Writes tensors chunk by chunk.
 struct WriteJob<'a> {
     checkpoint: &'a Checkpoint,
-    tensors: &'a [PlannedTensor],
+    plan: &'a Plan,
     /// Which of the tensors to write.
     todo: &'a [usize],
     worker_bytes: u64,
     sinks: Sinks<'a>,
     on_overflow: OnOverflow,
     journal: &'a Journal,
-    entries: Mutex<Vec<Option<Entry>>>,
+    ledger: Mutex<Ledger>,
     progress: &'a Progress<'a>,
+}
+
+/// What is done: a tensor is listed in the journal when it and all its files are whole.
+struct Ledger {
+    entries: Vec<Option<Entry>>,
+    is_listed: Vec<bool>,
+    /// For each tensor how many of its files have yet to appear.
+    files_left: Vec<usize>,
+}
+
+impl Ledger {
+    fn new(plan: &Plan, done: Vec<Option<Entry>>) -> Self {
+        let files = |tensor: &PlannedTensor| {
+            let mut files: Vec<_> = tensor.pieces.iter().map(|piece| piece.file).collect();
+            files.dedup();
+            files.len()
+        };
+        let files_left = plan.tensors.iter().map(files).collect();
+        Self { is_listed: done.iter().map(Option::is_some).collect(), entries: done, files_left }
+    }
+
+    /// Lists a tensor if it can be.
+    fn list(&mut self, tensor: usize, journal: &Journal) -> Result<()> {
+        if self.files_left[tensor] > 0 || self.is_listed[tensor] {
+            return Ok(());
+        }
+        if let Some(entry) = &self.entries[tensor] {
+            journal.append(entry)?;
+            self.is_listed[tensor] = true;
+        }
+        Ok(())
+    }
 }
 
 /// One worker's reader and buffer, and what the chunk it holds lost.
@@ -442,7 +501,7 @@ struct WriteState {
 
 impl WriteJob<'_> {
     fn tensor(&self, item: usize) -> &PlannedTensor {
-        &self.tensors[self.todo[item]]
+        &self.plan.tensors[self.todo[item]]
     }
 }
 
@@ -471,7 +530,7 @@ impl<'a> Job for WriteJob<'a> {
         let output = scratch.producer.output();
         let piece = &tensor.pieces[chunk.piece];
         let skipped = (chunk.units.start - piece.units.start) * tensor.transform.output_unit_bytes();
-        self.sinks.write(piece.file, output, piece.offset + skipped, || tensor.npy_header(piece))?;
+        self.sinks.write(piece.file, output, piece.offset + skipped, || self.plan.file_layout(piece.file).frames)?;
         self.progress.add_bytes(output.len() as u64);
         Ok(())
     }
@@ -492,7 +551,14 @@ impl<'a> Job for WriteJob<'a> {
             });
         }
         if chunk.ends_piece {
-            self.sinks.end_piece(tensor.pieces[chunk.piece].file)?;
+            let file = tensor.pieces[chunk.piece].file;
+            if self.sinks.end_piece(file)? {
+                let mut ledger = lock(&self.ledger);
+                for tensor in self.plan.files[file].placed.tensors.clone() {
+                    ledger.files_left[tensor] -= 1;
+                    ledger.list(tensor, self.journal)?;
+                }
+            }
         }
         Ok(())
     }
@@ -517,9 +583,8 @@ impl<'a> Job for WriteJob<'a> {
             quantization: self.tensor(item).transform.encodes_blocks().then(|| state.error_sums.error()),
         };
         // Under the lock: lines of two workers must not mix.
-        let mut entries = lock(&self.entries);
-        self.journal.append(&entry)?;
-        entries[self.todo[item]] = Some(entry);
-        Ok(())
+        let mut ledger = lock(&self.ledger);
+        ledger.entries[self.todo[item]] = Some(entry);
+        ledger.list(self.todo[item], self.journal)
     }
 }

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::mxfp4::QuantizationError;
 use crate::options::Options;
 use crate::ordered_map::OrderedMap;
+use crate::output::orbax;
 
 /// Name of the manifest in a converted tree.
 pub const MANIFEST_NAME: &str = "manifest.json";
@@ -218,7 +219,13 @@ impl Manifest {
             let found = format_args!("format {format:?}, format_version {format_version}");
             return Err(Error::file(path, found, format_args!("format_version {FORMAT_VERSION}")));
         }
-        serde_json::from_slice(bytes).map_err(fault)
+        let manifest: Self = serde_json::from_slice(bytes).map_err(fault)?;
+        if manifest.format != manifest.options.format.name() {
+            let found =
+                format_args!("format {:?} with options of {:?}", manifest.format, manifest.options.format.name());
+            return Err(Error::file(path, found, "one format"));
+        }
+        Ok(manifest)
     }
 
     /// Whether the hash at the end of `bytes` is that of the bytes before it.
@@ -251,17 +258,19 @@ pub(crate) fn is_json_object(bytes: &[u8]) -> bool {
     bytes.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{')
 }
 
-/// The file of a tree that `relative` names: a bare name, or a bare name in a shard folder. Anything else leads out of
-/// what a conversion writes, and is None.
+/// The file of a tree that `relative` names: a bare name, a bare name in a shard folder, or a file of an array in a folder
+/// of its own. Anything else leads out of what a conversion writes, and is None.
 #[must_use]
 pub fn tree_path(root: &Path, relative: &str) -> Option<PathBuf> {
     let is_bare =
         |name: &str| !name.is_empty() && name != "." && name != ".." && !name.contains(['/', '\\', ':', '\0']);
+    let is_number = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
     let is_shard =
-        |name: &str| name.strip_prefix("shard_").is_some_and(|n| n.len() >= 3 && n.bytes().all(|b| b.is_ascii_digit()));
+        |name: &str| name.strip_prefix("shard_").is_some_and(|number| number.len() >= 3 && is_number(number));
     let is_plain = match relative.split_once('/') {
         None => is_bare(relative),
-        Some((shard, name)) => is_shard(shard) && is_bare(name),
+        Some((folder, name)) if orbax::is_file_of_array(name) => is_bare(folder) && !folder.starts_with('.'),
+        Some((folder, name)) => is_shard(folder) && is_bare(name),
     };
     is_plain.then(|| root.join(relative))
 }

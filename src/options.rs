@@ -116,6 +116,29 @@ pub enum Format {
     /// One npy file per tensor in shard folders.
     #[value(alias = "numpy")]
     NumpyDirect,
+    /// Flat maps of arrays in Flax's convention.
+    Msgpack,
+    /// Pickles of dicts of NumPy arrays.
+    #[value(alias = "jax")]
+    JaxPickle,
+    /// safetensors files and their index.
+    Safetensors,
+    /// A checkpoint for orbax.
+    Orbax,
+}
+
+impl Format {
+    /// Its name in manifests and on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NumpyDirect => "numpy-direct",
+            Self::Msgpack => "msgpack",
+            Self::JaxPickle => "jax-pickle",
+            Self::Safetensors => "safetensors",
+            Self::Orbax => "orbax",
+        }
+    }
 }
 
 /// Target precision of the float tensors.

@@ -42,7 +42,7 @@ pub(crate) struct Expected<'a> {
 impl<'a> Expected<'a> {
     pub fn new(checkpoint: &'a Checkpoint, plan: &'a Plan, side_files: &'a [SideFile], options: &'a Options) -> Self {
         let side_files = side_files.iter().map(|file| file.name.as_str().into());
-        let files = plan.files.iter().map(|file| file.path.as_str().into()).chain(side_files).collect();
+        let files = plan.files.iter().map(|file| file.path().into()).chain(side_files).collect();
         Self { checkpoint, options, header: Header::new(checkpoint, options, files) }
     }
 }

@@ -12,9 +12,9 @@ use crate::dtype;
 use crate::error::{Error, Result};
 use crate::header;
 use crate::mxfp4::{self, BLOCK_BYTES, BLOCKS_SUFFIX, Candidate, MX_BLOCK_SIZE, Pair, SCALES_SUFFIX};
-use crate::names;
 use crate::options::{Format, Mxfp4Mode, Options, Quantization};
-use crate::output::npy;
+use crate::ordered_map::OrderedMap;
+use crate::output::{Extent, FileLayout, PlacedFile, Placement, Tensor};
 use crate::select::Selection;
 use crate::transform::Transform;
 
@@ -33,6 +33,36 @@ pub struct Plan {
     pub stored_elements: u64,
     /// What the user should know before the job runs.
     pub warnings: Vec<String>,
+    format: Format,
+    metadata: OrderedMap<String>,
+}
+
+impl Plan {
+    /// All bytes of a file but the tensors' own.
+    #[must_use]
+    pub fn file_layout(&self, file: usize) -> FileLayout {
+        let part_bytes = |index: usize| {
+            self.tensors[index].pieces.first().map_or(0, |piece| self.tensors[index].piece_nbytes(piece))
+        };
+        let members = self.files[file].placed.members(|index| self.tensors[index].view(), part_bytes);
+        let layout = self.format.layout().file(&members, &self.metadata);
+        layout.expect("planned by the same call")
+    }
+
+    /// Files that the format has beside the tensors.
+    pub(crate) fn side_files(&self) -> Vec<(String, Vec<u8>)> {
+        let tensors: Vec<_> = self.tensors.iter().map(PlannedTensor::view).collect();
+        let files = self.files.iter().map(|file| file.placed.clone());
+        self.format.layout().side_files(&tensors, &files.collect::<Vec<_>>())
+    }
+
+    /// Folders that the files are in.
+    pub(crate) fn folders(&self) -> impl Iterator<Item = &str> {
+        self.shards
+            .iter()
+            .filter_map(|(_, files)| self.files.get(files.start)?.path().split_once('/'))
+            .map(|(folder, _)| folder)
+    }
 }
 
 /// One tensor of the output.
@@ -75,11 +105,10 @@ impl PlannedTensor {
         self.name.strip_suffix(BLOCKS_SUFFIX).filter(|_| self.transform.encodes_blocks())
     }
 
-    /// The header of the npy file of one of its pieces.
+    /// What a format knows of it.
     #[must_use]
-    pub fn npy_header(&self, piece: &Piece) -> Vec<u8> {
-        let shape = npy::part_shape(self.dtype, &self.shape, self.nbytes, self.piece_nbytes(piece));
-        npy::header(self.dtype, &shape.expect("parts are whole rows"))
+    pub fn view(&self) -> Tensor<'_> {
+        Tensor { name: &self.name, dtype: self.dtype, shape: &self.shape, nbytes: self.nbytes }
     }
 }
 
@@ -97,18 +126,28 @@ pub struct Piece {
 /// One file of the output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlannedFile {
-    /// Path below the output folder, with `/`.
-    pub path: String,
-    /// Where its data begins.
-    pub data_offset: u64,
+    /// What it holds.
+    pub placed: PlacedFile,
     /// Whole size.
     pub nbytes: u64,
+    /// Bytes of tensor data in it.
+    pub data_nbytes: u64,
 }
 
-/// Plans the conversion of a checkpoint's `tensors`; `path_of` names the file of a tensor, for messages.
+impl PlannedFile {
+    /// Path below the output folder, with `/`.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        &self.placed.path
+    }
+}
+
+/// Plans the conversion of a checkpoint's `tensors`; `path_of` names the file of a tensor, for messages, and `metadata` is
+/// the checkpoint's.
 pub fn plan<'a>(
     tensors: &'a [TensorSpec],
     path_of: impl Fn(&'a TensorSpec) -> &'a Path,
+    metadata: &OrderedMap<String>,
     options: &Options,
 ) -> Result<Plan> {
     let shard_bytes = options.shard_bytes()?;
@@ -155,10 +194,46 @@ pub fn plan<'a>(
         planned.iter().map(|(position, tensor)| tensor.candidate(candidates[*position].path)).collect();
     let (total_parameters, stored_elements) = mxfp4::count_parameters(&outputs);
     let mut planned: Vec<_> = planned.into_iter().map(|(_, tensor)| tensor).collect();
-    let (files, shards) = match options.format {
-        Format::NumpyDirect => place_numpy_direct(&mut planned, shard_bytes, &mut warnings)?,
-    };
-    Ok(Plan { tensors: planned, files, shards, total_parameters, stored_elements, warnings })
+    let Placement { files, shards, warnings: of_placement } = place(&planned, shard_bytes, options.format)?;
+    warnings.extend(of_placement);
+    let files = lay_out(&mut planned, files, metadata, options.format)?;
+    let (format, metadata) = (options.format, metadata.clone());
+    Ok(Plan { tensors: planned, files, shards, total_parameters, stored_elements, warnings, format, metadata })
+}
+
+fn place(tensors: &[PlannedTensor], shard_bytes: u64, format: Format) -> Result<Placement> {
+    let views: Vec<_> = tensors.iter().map(PlannedTensor::view).collect();
+    format.layout().place(&views, &|index| tensors[index].transform.output_unit_bytes(), shard_bytes)
+}
+
+/// The files with their sizes; fills in each tensor's pieces.
+fn lay_out(
+    tensors: &mut [PlannedTensor],
+    files: Vec<PlacedFile>,
+    metadata: &OrderedMap<String>,
+    format: Format,
+) -> Result<Vec<PlannedFile>> {
+    let mut planned = Vec::with_capacity(files.len());
+    for (number, placed) in files.into_iter().enumerate() {
+        let own_bytes = placed.data.end - placed.data.start;
+        let part_bytes =
+            |index: usize| tensors[index].pieces.first().map_or(own_bytes, |piece| tensors[index].piece_nbytes(piece));
+        let members = placed.members(|index| tensors[index].view(), part_bytes);
+        let file = format.layout().file(&members, metadata).map_err(|found| Error::Mapping {
+            found: format!("{}: {found}", placed.path),
+            expected: "tensors that the format can hold; a smaller shard_size makes more files".into(),
+        })?;
+        drop(members);
+        let mut data_nbytes = 0;
+        for Extent { member, offset, data } in file.extents {
+            let tensor = &mut tensors[placed.tensors.start + member];
+            let unit_bytes = tensor.transform.output_unit_bytes();
+            data_nbytes += data.end - data.start;
+            tensor.pieces.push(Piece { file: number, offset, units: data.start / unit_bytes..data.end / unit_bytes });
+        }
+        planned.push(PlannedFile { placed, nbytes: file.nbytes, data_nbytes });
+    }
+    Ok(planned)
 }
 
 fn patterns(globs: Option<&[String]>) -> String {
@@ -306,84 +381,4 @@ fn refuse_duplicate_names(
         }
     }
     Ok(())
-}
-
-/// Most files that a tensor may be split into: far beyond any use, and within memory.
-const MAX_PARTS: u64 = 100_000;
-
-type Placement = (Vec<PlannedFile>, Vec<(String, Range<usize>)>);
-
-/// Files and shard folders of the numpy-direct format; fills in each tensor's pieces.
-fn place_numpy_direct(
-    tensors: &mut [PlannedTensor],
-    shard_bytes: u64,
-    warnings: &mut Vec<String>,
-) -> Result<Placement> {
-    let names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
-    let stems = names::file_stems(&names);
-    let (mut files, mut shards): (Vec<PlannedFile>, Vec<(String, Range<usize>)>) = (Vec::new(), Vec::new());
-    let mut shard_fill = 0;
-    for (tensor, stem) in tensors.iter_mut().zip(stems) {
-        let unit_bytes = tensor.transform.output_unit_bytes();
-        let parts = split_bytes(tensor, shard_bytes)?;
-        let is_split = parts.len() > 1;
-        if let Some(large) = parts.iter().find(|&&bytes| bytes > shard_bytes) {
-            warnings.push(format!(
-                "tensor {:?}: one row holds {large} bytes, more than the shard size of {shard_bytes} bytes; it gets a \
-                 file of its own",
-                tensor.name
-            ));
-        }
-        let mut unit = 0;
-        for (number, part_bytes) in parts.into_iter().enumerate() {
-            if shards.is_empty() || shard_fill + part_bytes > shard_bytes && shard_fill > 0 {
-                shards.push((format!("shard_{:03}", shards.len()), files.len()..files.len()));
-                shard_fill = 0;
-            }
-            shard_fill += part_bytes;
-            let (shard, range) = shards.last_mut().expect("pushed above");
-            range.end += 1;
-            let shape =
-                npy::part_shape(tensor.dtype, &tensor.shape, tensor.nbytes, part_bytes).expect("parts are whole rows");
-            let data_offset = npy::header(tensor.dtype, &shape).len() as u64;
-            let name = if is_split { format!("{stem}.part{number:03}.npy") } else { format!("{stem}.npy") };
-            let units = unit..unit + part_bytes / unit_bytes;
-            unit = units.end;
-            tensor.pieces.push(Piece { file: files.len(), offset: data_offset, units });
-            let nbytes = data_offset + part_bytes;
-            files.push(PlannedFile { path: format!("{shard}/{name}"), data_offset, nbytes });
-        }
-    }
-    Ok((files, shards))
-}
-
-/// Bytes of the parts of a tensor: whole rows of axis 0 and whole units, each within `limit` where one row is.
-fn split_bytes(tensor: &PlannedTensor, limit: u64) -> Result<Vec<u64>> {
-    let rows = tensor.shape.first().copied().unwrap_or(1);
-    if tensor.nbytes <= limit || rows <= 1 {
-        return Ok(vec![tensor.nbytes]);
-    }
-    // The fewest rows whose bits fill whole bytes and whole units: 1, but for packed dtypes and for flat MXFP4.
-    let row_bits = u128::from(tensor.nbytes) * 8 / u128::from(rows);
-    let unit_bits = u128::from(tensor.transform.output_unit_bytes()) * 8;
-    let mut step_rows = 1;
-    while row_bits * step_rows % unit_bits != 0 {
-        step_rows *= 2;
-    }
-    let step_bytes = u64::try_from(row_bits * step_rows / 8).expect("steps are below the tensor's bytes or one unit");
-    let part_bytes = (limit / step_bytes).max(1) * step_bytes;
-    let (whole_parts, rest) = (tensor.nbytes / part_bytes, tensor.nbytes % part_bytes);
-    if whole_parts >= MAX_PARTS {
-        return Err(Error::Argument {
-            name: "shard_size",
-            found: format!("{limit} bytes, which splits tensor {:?} into {whole_parts} files", tensor.name),
-            expected: format!("a size that splits no tensor into more than {MAX_PARTS}"),
-        });
-    }
-    let whole_parts = usize::try_from(whole_parts).expect("bounded above");
-    let mut parts = vec![part_bytes; whole_parts];
-    if rest > 0 {
-        parts.push(rest);
-    }
-    Ok(parts)
 }

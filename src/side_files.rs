@@ -20,15 +20,11 @@ use crate::ordered_map::OrderedMap;
 use crate::plan::{self, Plan};
 use crate::transform::Transform;
 
-/// The reader for those who have no tensorport; written into every numpy-direct tree.
-pub const LOAD_PARAMS_NAME: &str = "load_params.py";
-const LOAD_PARAMS: &str = include_str!("output/load_params.py");
-
 /// The model's configuration, which names dtypes.
 const CONFIG_NAME: &str = "config.json";
 
 /// Names of our own that a source's file may not take.
-const OWN_NAMES: [&str; 3] = [MANIFEST_NAME, JOURNAL_NAME, LOAD_PARAMS_NAME];
+const OWN_NAMES: [&str; 3] = [MANIFEST_NAME, JOURNAL_NAME, "load_params.py"];
 
 /// Endings of the files that travel with a checkpoint.
 const COPIED_SUFFIXES: [&str; 6] = [".json", ".jinja", ".txt", ".model", ".tiktoken", ".md"];
@@ -60,18 +56,27 @@ enum Content {
 
 /// The side files of a conversion, in the order of their names. Reads and corrects what has to be corrected.
 pub fn plan(checkpoint: &Checkpoint, plan: &Plan, options: &Options) -> Result<Vec<SideFile>> {
-    let mut files = vec![SideFile {
-        name: LOAD_PARAMS_NAME.into(),
+    let generated = plan.side_files().into_iter();
+    let generated = generated.map(|(name, bytes)| SideFile {
+        name,
         origin: SideFileOrigin::Generated,
-        content: Content::Bytes(LOAD_PARAMS.into()),
-    }];
+        content: Content::Bytes(bytes),
+    });
+    let mut files: Vec<_> = generated.collect();
+    // What lies at the top of the tree keeps its name.
+    let top = |path: &str| path.split_once('/').map_or(path, |(folder, _)| folder).to_ascii_lowercase();
+    let taken: HashSet<String> =
+        files.iter().map(|file| top(&file.name)).chain(plan.files.iter().map(|file| top(file.path()))).collect();
     if checkpoint.kind() != Kind::File {
         let root = checkpoint.root();
         for entry in std::fs::read_dir(root).map_err(|fault| Error::io(root, fault))? {
             let entry = entry.map_err(|fault| Error::io(root, fault))?;
             let Ok(name) = entry.file_name().into_string() else { continue };
             let path = entry.path();
-            if !is_copied(&name) || !std::fs::metadata(&path).is_ok_and(|stat| stat.is_file()) {
+            if !is_copied(&name)
+                || taken.contains(&name.to_ascii_lowercase())
+                || !std::fs::metadata(&path).is_ok_and(|stat| stat.is_file())
+            {
                 continue;
             }
             let edited = if name == CONFIG_NAME { corrected_config(&path, plan, options)? } else { None };

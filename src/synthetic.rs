@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::header;
 use crate::mxfp4::E2M1;
 use crate::ordered_map::OrderedMap;
-use crate::plan::PlannedFile;
+use crate::output::{Content, Frame};
 use crate::progress::{Observer, Phase, Progress};
 use crate::sink::Sinks;
 use crate::transform;
@@ -75,18 +75,18 @@ pub fn write(
     observer: &mut Observer<'_>,
 ) -> Result<u64> {
     let pool = resources.pool()?;
-    let (mut planned_files, mut headers) = (Vec::with_capacity(files.0.len()), Vec::with_capacity(files.0.len()));
+    let (mut sizes, mut headers) = (Vec::with_capacity(files.0.len()), Vec::with_capacity(files.0.len()));
     let mut tensors = Vec::new();
     for (index, (name, file)) in files.0.iter().enumerate() {
-        let (planned, header, placed) = lay_out(folder, index, name, file, seed)?;
-        planned_files.push(planned);
+        let (nbytes, header, placed) = lay_out(folder, index, name, file, seed)?;
+        sizes.push((name.as_str(), nbytes));
         headers.push(header);
         tensors.extend(placed);
     }
     let bytes_total = tensors.iter().map(|tensor| tensor.nbytes).sum();
     let names = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
     let progress = Progress::new(Phase::Synthesize, names, bytes_total);
-    let sinks = Sinks::new(folder, &planned_files, tensors.iter().map(|tensor| tensor.file));
+    let sinks = Sinks::new(folder, sizes.into_iter(), tensors.iter().map(|tensor| tensor.file));
     let job = FillJob {
         tensors: &tensors,
         chunk_units: pool.worker_bytes / UNIT_BYTES,
@@ -118,7 +118,7 @@ fn lay_out(
     file_name: &str,
     tensors: &OrderedMap<RandomTensor>,
     seed: u64,
-) -> Result<(PlannedFile, Vec<u8>, Vec<PlacedTensor>)> {
+) -> Result<(u64, Vec<u8>, Vec<PlacedTensor>)> {
     #[derive(Serialize)]
     struct Entry<'a> {
         dtype: &'a str,
@@ -165,7 +165,7 @@ fn lay_out(
         tensor.offset += data_offset;
     }
     let nbytes = data_offset + end;
-    Ok((PlannedFile { path: file_name.to_owned(), data_offset, nbytes }, header, placed))
+    Ok((nbytes, header, placed))
 }
 
 struct FillJob<'a> {
@@ -220,13 +220,18 @@ impl Job for FillJob<'_> {
         transform::grow(&mut scratch.out, nbytes)?;
         let out = &mut scratch.out[..nbytes];
         fill(&table, tensor.key, tensor.skip_elems, start, out);
-        self.sinks.write(tensor.file, out, tensor.offset + start, || &self.headers[tensor.file])?;
+        self.sinks.write(tensor.file, out, tensor.offset + start, || {
+            vec![Frame { offset: 0, content: Content::Bytes(self.headers[tensor.file].clone()) }]
+        })?;
         self.progress.add_bytes(end - start);
         Ok(())
     }
 
     fn commit(&self, chunk: &Chunk, _: &mut FillScratch, (): &mut ()) -> Result<()> {
-        if chunk.ends_piece { self.sinks.end_piece(self.tensors[chunk.item].file) } else { Ok(()) }
+        if chunk.ends_piece {
+            self.sinks.end_piece(self.tensors[chunk.item].file)?;
+        }
+        Ok(())
     }
 
     fn finish(&self, _: usize, (): ()) -> Result<()> {

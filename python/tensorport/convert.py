@@ -15,7 +15,15 @@ from tensorport.source import arriving_source, local_path
 
 __all__ = ["convert", "verify"]
 
-_FORMATS = {"numpy-direct": "numpy-direct", "numpy": "numpy-direct"}
+_FORMATS = {
+    "numpy-direct": "numpy-direct",
+    "numpy": "numpy-direct",
+    "msgpack": "msgpack",
+    "jax-pickle": "jax-pickle",
+    "jax": "jax-pickle",
+    "safetensors": "safetensors",
+    "orbax": "orbax",
+}
 _PRECISIONS = ("source", "float16", "bfloat16", "float32")
 _MXFP4_MODES = ("keep", "dequantize", "quantize")
 _SCALE_RULES = ("floor", "ceil", "nearest")
@@ -26,7 +34,9 @@ def convert(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    format: Literal["numpy-direct", "numpy"] = "numpy-direct",  # noqa: A002 - the word that the command line has too
+    format: Literal[  # noqa: A002 - the word that the command line has too
+        "numpy-direct", "numpy", "msgpack", "jax-pickle", "jax", "safetensors", "orbax"
+    ] = "numpy-direct",
     precision: Literal["source", "float16", "bfloat16", "float32"] = "source",
     mxfp4: Literal["keep", "dequantize", "quantize"] = "keep",
     quantize: str | Sequence[str] | None = None,
@@ -50,7 +60,10 @@ def convert(
     Args:
         source: what :func:`tensorport.open` opens. What an id names is converted while it is downloaded.
         output: the folder to write; a new or an empty one.
-        format: `numpy-direct` (or `numpy`): one npy file per tensor, which `jnp.load` reads.
+        format: `numpy-direct` (or `numpy`): one npy file per tensor, which `jnp.load` reads; `msgpack`: maps of arrays,
+            which `flax.serialization.msgpack_restore` reads; `jax-pickle` (or `jax`): dicts of NumPy arrays, which
+            `pickle.load` reads where ml_dtypes is installed; `safetensors`: files and an index, with data aligned so
+            that it can be aliased; `orbax`: a checkpoint of the nested tree, which orbax-checkpoint restores.
         precision: `source` keeps every bit; the others cast float64, float32, float16 and bfloat16 tensors, rounding
             to nearest even. Narrower floats, integers and bools stay, and so does what is quantized.
         mxfp4: `keep` leaves blocks and scales as two uint8 tensors; `dequantize` makes one tensor
@@ -63,7 +76,8 @@ def convert(
         scale_rule: which power of two becomes the scale of 32 values, with `mxfp4="quantize"` alone: `floor` (the
             default) is that of OCP MX v1.0, under which values above 6 times the scale saturate; `ceil` is the
             smallest under which none does; `nearest` that under which the largest value comes out best.
-        shard_size: largest shard in GB (10^9 bytes) of tensor data; larger tensors are split along axis 0.
+        shard_size: largest shard in GB (10^9 bytes) of tensor data. A larger tensor is split along axis 0 where the
+            format has a file to a tensor, `numpy-direct` and `orbax`, and elsewhere gets a file of its own.
         workers: threads; all cores by default.
         max_memory: bytes of anonymous memory for the process. Headers of the source come on top.
         include: glob or globs on full tensor names; only tensors that match are taken. With `dequantize` the name of
@@ -83,7 +97,8 @@ def convert(
         CheckpointError: the bytes of the source are wrong, two tensors would have one name, or the model that is to be
             quantized says in config.json that it has another quantization.
         ConversionError: the folder holds something else, or values overflow.
-        MappingError: no tensor is selected, or none to be quantized.
+        MappingError: no tensor is selected, or none to be quantized; or the format cannot hold a tensor: orbax has no
+            empty arrays, and no names but those that can be folders and nested keys.
         VerificationError: what was written does not read back; `report` says what.
         OSError: the system refused.
         ValueError: an argument is out of its range.

@@ -2,7 +2,15 @@
 
 use safetensors::Dtype;
 
+use super::{FileBuilder, FileLayout, Layout, Member, PlacedFile, Placement, Tensor, check_parts, stored_shape};
 use crate::dtype;
+use crate::error::Result;
+use crate::names;
+use crate::ordered_map::OrderedMap;
+
+/// The reader for those who have no tensorport; written into every tree.
+const LOAD_PARAMS_NAME: &str = "load_params.py";
+const LOAD_PARAMS: &str = include_str!("load_params.py");
 
 /// Data of every npy file begins at a multiple of this, so that JAX on CPU can alias a mapping of it.
 pub const DATA_ALIGNMENT: usize = 64;
@@ -12,7 +20,7 @@ const MAGIC: &[u8; 8] = b"\x93NUMPY\x01\x00";
 
 /// The npy 1.0 header for a C-contiguous array, padded so that data starts at a multiple of 64.
 ///
-/// `shape` is the shape as npy sees it: see [`stored_shape`].
+/// `shape` is the shape as npy sees it: [`part_shape`].
 #[must_use]
 pub fn header(dtype: Dtype, shape: &[u64]) -> Vec<u8> {
     let descr = dtype::info(dtype).map_or("|u1", |row| row.npy_descr);
@@ -35,25 +43,101 @@ pub fn header(dtype: Dtype, shape: &[u64]) -> Vec<u8> {
     header
 }
 
-/// The shape that npy stores: the logical one, except that packed float4 and float6 are flat bytes.
-#[must_use]
-pub fn stored_shape(dtype: Dtype, shape: &[u64], nbytes: u64) -> Vec<u64> {
-    if dtype::is_sub_byte(dtype) { vec![nbytes] } else { shape.to_vec() }
+/// numpy-direct.
+#[derive(Debug, Clone, Copy)]
+pub struct Npy;
+
+impl Layout for Npy {
+    /// Shard folders filled in the order of the tensors; a tensor beyond the limit is split along axis 0.
+    fn place(&self, tensors: &[Tensor<'_>], unit_bytes: &dyn Fn(usize) -> u64, shard_bytes: u64) -> Result<Placement> {
+        let names: Vec<&str> = tensors.iter().map(|tensor| tensor.name).collect();
+        let stems = names::file_stems(&names);
+        let Placement { mut files, mut shards, mut warnings } = Placement::default();
+        let mut shard_fill = 0;
+        for ((index, tensor), stem) in tensors.iter().enumerate().zip(stems) {
+            let parts = split_bytes(tensor, unit_bytes(index), shard_bytes)?;
+            let is_split = parts.len() > 1;
+            if let Some(large) = parts.iter().find(|&&bytes| bytes > shard_bytes) {
+                warnings.push(format!(
+                    "tensor {:?}: one row holds {large} bytes, more than the shard size of {shard_bytes} bytes; it gets \
+                     a file of its own",
+                    tensor.name
+                ));
+            }
+            let mut start = 0;
+            for (number, part_bytes) in parts.into_iter().enumerate() {
+                if shards.is_empty() || shard_fill + part_bytes > shard_bytes && shard_fill > 0 {
+                    shards.push((format!("shard_{:03}", shards.len()), files.len()..files.len()));
+                    shard_fill = 0;
+                }
+                shard_fill += part_bytes;
+                let (shard, range) = shards.last_mut().expect("pushed above");
+                range.end += 1;
+                let name = if is_split { format!("{stem}.part{number:03}.npy") } else { format!("{stem}.npy") };
+                let data = start..start + part_bytes;
+                start = data.end;
+                files.push(PlacedFile { path: format!("{shard}/{name}"), tensors: index..index + 1, data });
+            }
+        }
+        Ok(Placement { files, shards, warnings })
+    }
+
+    fn file(&self, members: &[Member<'_>], _: &OrderedMap<String>) -> Result<FileLayout, String> {
+        let [Member { tensor, data, .. }] = members else {
+            return Err(format!("{} tensors, where npy has one", members.len()));
+        };
+        let part_bytes = data.end - data.start;
+        let shape =
+            part_shape(tensor, part_bytes).ok_or_else(|| format!("a part of {part_bytes} bytes, no whole rows"))?;
+        let mut file = FileBuilder::default();
+        file.bytes(&header(tensor.dtype, &shape));
+        file.data(0, data.clone());
+        Ok(file.finish())
+    }
+
+    fn side_files(&self, _: &[Tensor<'_>], _: &[PlacedFile]) -> Vec<(String, Vec<u8>)> {
+        vec![(LOAD_PARAMS_NAME.into(), LOAD_PARAMS.into())]
+    }
 }
 
 /// The stored shape of one part, of `part_bytes` bytes, of a tensor that is split along axis 0.
 ///
 /// None when the bytes are not a whole number of rows.
 #[must_use]
-pub fn part_shape(dtype: Dtype, shape: &[u64], nbytes: u64, part_bytes: u64) -> Option<Vec<u64>> {
-    let mut stored = stored_shape(dtype, shape, nbytes);
-    if part_bytes == nbytes {
+pub fn part_shape(tensor: &Tensor<'_>, part_bytes: u64) -> Option<Vec<u64>> {
+    let mut stored = stored_shape(tensor);
+    if part_bytes == tensor.nbytes {
         return Some(stored);
     }
     let rows = stored.first_mut()?;
-    let row_bytes = nbytes.checked_div(*rows)?;
+    let row_bytes = tensor.nbytes.checked_div(*rows)?;
     *rows = part_bytes.checked_div(row_bytes)?;
     (*rows * row_bytes == part_bytes).then_some(stored)
+}
+
+/// Bytes of the parts of a tensor: whole rows of axis 0 and whole units, each within `limit` where one row is.
+fn split_bytes(tensor: &Tensor<'_>, unit_bytes: u64, limit: u64) -> Result<Vec<u64>> {
+    let rows = tensor.shape.first().copied().unwrap_or(1);
+    if tensor.nbytes <= limit || rows <= 1 {
+        return Ok(vec![tensor.nbytes]);
+    }
+    // The fewest rows whose bits fill whole bytes and whole units: 1, but for packed dtypes and for flat MXFP4.
+    let row_bits = u128::from(tensor.nbytes) * 8 / u128::from(rows);
+    let unit_bits = u128::from(unit_bytes) * 8;
+    let mut step_rows = 1;
+    while row_bits * step_rows % unit_bits != 0 {
+        step_rows *= 2;
+    }
+    let step_bytes = u64::try_from(row_bits * step_rows / 8).expect("steps are below the tensor's bytes or one unit");
+    let part_bytes = (limit / step_bytes).max(1) * step_bytes;
+    let (whole_parts, rest) = (tensor.nbytes / part_bytes, tensor.nbytes % part_bytes);
+    check_parts(tensor, limit, whole_parts.saturating_add(1))?;
+    let whole_parts = usize::try_from(whole_parts).expect("bounded above");
+    let mut parts = vec![part_bytes; whole_parts];
+    if rest > 0 {
+        parts.push(rest);
+    }
+    Ok(parts)
 }
 
 #[cfg(test)]
@@ -75,6 +159,9 @@ mod tests {
 
     #[test]
     fn parts_are_whole_rows() {
+        let part_shape = |dtype, shape, nbytes, part_bytes| {
+            super::part_shape(&Tensor { name: "", dtype, shape, nbytes }, part_bytes)
+        };
         assert_eq!(part_shape(Dtype::F32, &[5, 3], 60, 24), Some(vec![2, 3]));
         assert_eq!(part_shape(Dtype::F32, &[5, 3], 60, 25), None);
         assert_eq!(part_shape(Dtype::F4, &[6, 2], 6, 4), Some(vec![4]));

@@ -8,6 +8,7 @@ use tensorport::checkpoint::TensorSpec;
 use tensorport::convert::Mode;
 use tensorport::mxfp4::{self, ErrorSums, MX_BLOCK_SIZE, QuantizationError, ScaleRule};
 use tensorport::options::{Mxfp4Mode, Options, Precision};
+use tensorport::ordered_map::OrderedMap;
 use tensorport::plan::{Plan, plan};
 use tensorport::simd::Level;
 use tensorport::transform::Transform;
@@ -25,7 +26,7 @@ fn quantize(globs: &[&str]) -> Options {
 }
 
 fn planned(tensors: &[TensorSpec], options: &Options) -> Result<Plan> {
-    plan(tensors, |_| Path::new("m.safetensors"), options)
+    plan(tensors, |_| Path::new("m.safetensors"), &OrderedMap::default(), options)
 }
 
 fn names(plan: &Plan) -> Vec<&str> {

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use safetensors::SafeTensors;
 use tensorport::manifest::Manifest;
-use tensorport::output::npy;
+use tensorport::output::{Tensor, npy};
 use tensorport::{dtype, header, index, journal};
 
 /// The whole bytes of a safetensors file.
@@ -73,8 +73,9 @@ pub fn npy_header(data: &[u8]) {
         dims.chunks(2).take(header::MAX_RANK).map(|d| d.iter().fold(0, |n, &b| n << 8 | u64::from(b))).collect();
     let Some(nbytes) = dtype::checked_nbytes(dtype, &shape) else { return };
     let part_bytes = nbytes / (u64::from(*part) + 1);
-    let Some(part_shape) = npy::part_shape(dtype, &shape, nbytes, part_bytes) else { return };
-    let stored = npy::stored_shape(dtype, &shape, nbytes);
+    let tensor = Tensor { name: "", dtype, shape: &shape, nbytes };
+    let Some(part_shape) = npy::part_shape(&tensor, part_bytes) else { return };
+    let stored = if dtype::is_sub_byte(dtype) { vec![nbytes] } else { shape.clone() };
     assert_eq!(part_shape.get(1..), stored.get(1..), "only axis 0 is split");
     let header = npy::header(dtype, &part_shape);
     assert_eq!(header.len() % npy::DATA_ALIGNMENT, 0);
