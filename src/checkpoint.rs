@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::file;
 use crate::header;
 use crate::index;
+use crate::input::{Array, FileFormat, NamedArray};
 use crate::journal;
 use crate::manifest::{self, MANIFEST_NAME, Manifest};
 use crate::mapping::Mapping;
@@ -48,7 +49,7 @@ pub struct Checkpoint {
 /// What a checkpoint was opened from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
-    /// One safetensors file.
+    /// One file.
     File,
     /// A directory of safetensors files.
     Directory,
@@ -140,13 +141,17 @@ impl View {
 }
 
 impl Checkpoint {
-    /// Opens `source`: a safetensors file, a directory of them, or a converted tree.
+    /// Opens `source`: a safetensors file, a directory of them, a converted tree, or a file of arrays in msgpack or pickle,
+    /// which its extension tells.
     ///
     /// A directory with an index consists of the index's files; one without of every top-level `*.safetensors`.
     pub fn open(source: &Path) -> Result<Self> {
         let metadata = std::fs::metadata(source).map_err(|fault| Error::io(source, fault))?;
         if !metadata.is_dir() {
             let name = source.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if let Some(format) = FileFormat::of(source) {
+                return Self::from_arrays(source, name, format);
+            }
             return Self::from_safetensors(source, Kind::File, vec![(name, source.to_path_buf())]);
         }
         let names = file_names(source)?;
@@ -209,6 +214,22 @@ impl Checkpoint {
             }
         }
         builder.finish(OrderedMap(metadata.into_iter().collect()))
+    }
+
+    /// A file of arrays that another library wrote.
+    fn from_arrays(path: &Path, name: String, format: FileFormat) -> Result<Self> {
+        let mut builder = Builder::new(path, Kind::File);
+        let (file, stat) = file::open_regular(path)?;
+        let table = format.read(path, &file, stat.len())?;
+        let nbytes = stat.len();
+        builder.fingerprints.push(Fingerprint { name: name.clone(), nbytes, header_xxh3_128: table.checksum });
+        let file = builder.add_file(name, path, &stat)?;
+        for NamedArray { name, array: Array { dtype, shape, parts } } in table.arrays {
+            let nbytes = parts.iter().map(|part| part.1).sum();
+            let parts = parts.into_iter().map(|(offset, nbytes)| Part { file, offset, nbytes }).collect();
+            builder.tensors.push(TensorSpec { name, dtype, shape, nbytes, parts });
+        }
+        builder.finish(OrderedMap::default())
     }
 
     fn from_tree(root: &Path, manifest_bytes: &[u8]) -> Result<Self> {

@@ -28,6 +28,7 @@ pub mod ffi;
 pub mod file;
 pub mod header;
 pub mod index;
+pub mod input;
 pub mod inspect;
 pub mod journal;
 pub mod kernels;
