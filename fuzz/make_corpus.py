@@ -3,10 +3,14 @@
 usage: python fuzz/make_corpus.py      (needs tensorport installed)
 """
 
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
 
+import flax.serialization
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import tensorport
 from safetensors.numpy import save_file
@@ -20,6 +24,18 @@ def write(target: str, name: str, content: bytes) -> None:
     folder = HERE / "corpus" / target
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(content)
+
+
+def write_arrays() -> None:
+    """Files of arrays by the libraries that readers of msgpack and pickle have to understand."""
+    arrays = {"a": {"b": np.arange(6, dtype=np.float32).reshape(2, 3)}, "c": np.ones(5, ml_dtypes.bfloat16)}
+    write("msgpack_file", "flax", flax.serialization.msgpack_serialize(arrays))
+    largest, flax.serialization.MAX_CHUNK_SIZE = flax.serialization.MAX_CHUNK_SIZE, 8
+    write("msgpack_file", "chunks", flax.serialization.msgpack_serialize(arrays))
+    flax.serialization.MAX_CHUNK_SIZE = largest
+    for protocol in (3, 4, 5):
+        write("pickle_file", f"numpy_{protocol}", pickle.dumps(arrays, protocol=protocol))
+    write("pickle_file", "jax", pickle.dumps({"a": jnp.arange(3)}))
 
 
 def main() -> None:
@@ -37,6 +53,10 @@ def main() -> None:
                 journal = (tree / "journal.jsonl").read_bytes()
 
         tensorport.convert(source, tree, progress=watch)
+        for format, file in (("msgpack", "shard_000.msgpack"), ("jax-pickle", "shard_000.pkl")):
+            tensorport.convert(source, Path(folder) / format, format=format, progress=False)
+            target = "msgpack_file" if format == "msgpack" else "pickle_file"
+            write(target, "ours", (Path(folder) / format / file).read_bytes())
         write("safetensors_file", "valid", source.read_bytes())
         length = int.from_bytes(source.read_bytes()[:8], "little")
         write("header", "valid", source.read_bytes()[8 : 8 + length])
@@ -47,6 +67,7 @@ def main() -> None:
         tensorport.convert(source, tree, mxfp4="quantize", quantize="*", progress=watch)
         write("manifest", "quantized", (tree / "manifest.json").read_bytes())
         write("journal", "quantized", journal)
+    write_arrays()
     write(
         "index",
         "valid",

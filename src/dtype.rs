@@ -78,6 +78,12 @@ pub fn is_sub_byte(dtype: Dtype) -> bool {
     dtype.bitsize() < 8
 }
 
+/// True for the dtypes that NumPy has itself; `ml_dtypes` has the others.
+#[must_use]
+pub fn is_of_numpy(dtype: Dtype) -> bool {
+    !["bfloat16", "float8_", "float6_", "float4_"].iter().any(|prefix| name(dtype).starts_with(prefix))
+}
+
 /// Bytes of `shape` elements of `dtype`; None on overflow or when the bits do not fill whole bytes.
 #[must_use]
 pub fn checked_nbytes(dtype: Dtype, shape: &[u64]) -> Option<u64> {

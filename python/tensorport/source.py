@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tensorport import _core
+from tensorport import _core, orbax
 from tensorport.hub.ids import SCHEME, HubId, parse
 from tensorport.progress import Progress
 
@@ -23,6 +23,8 @@ class _SourceNotFoundError(FileNotFoundError):
 
 def local_path(source: str | os.PathLike[str], progress: Progress = False, *, name: str = "source") -> Path:
     """The path that `source` names; what it names on a hub is downloaded, unless it is in the cache.
+
+    A checkpoint that orbax wrote is copied into a file that can be read, see :mod:`tensorport.orbax`.
 
     A path that exists wins. Otherwise `org/name[@revision][/subfolder]` is an id, and `hf://` forces that reading; only
     strings are ids.
@@ -41,7 +43,7 @@ def local_path(source: str | os.PathLike[str], progress: Progress = False, *, na
     """
     found = _parsed(source, name)
     if isinstance(found, Path):
-        return found
+        return _readable(found)
     downloaded: Path = _hub("snapshot", found).download(found, progress)
     return downloaded
 
@@ -84,7 +86,7 @@ def arriving_source(source: str | os.PathLike[str], progress: Progress = False) 
     """As :func:`local_path`, for a conversion: what it names on a hub may be on its way while it is read."""
     found = _parsed(source, "source")
     if isinstance(found, Path):
-        return LocalSource(found)
+        return LocalSource(_readable(found))
     arriving: LocalSource = _hub("arriving", found).arriving(found, progress)
     return arriving
 
@@ -93,9 +95,14 @@ def headers_source(source: str | os.PathLike[str], progress: Progress = False) -
     """As :func:`local_path`, for those who read headers and side files alone: nothing else is downloaded."""
     found = _parsed(source, "source")
     if isinstance(found, Path):
-        return LocalSource(found)
+        return LocalSource(_readable(found))
     headers: LocalSource = _hub("arriving", found).headers_alone(found, progress)
     return headers
+
+
+def _readable(path: Path) -> Path:
+    """The path itself, or that of what it is copied to before it can be read."""
+    return orbax.staged(path) if orbax.is_checkpoint(path) else path
 
 
 def _parsed(source: str | os.PathLike[str], name: str) -> Path | HubId:

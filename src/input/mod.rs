@@ -13,7 +13,7 @@ use crate::checksum::Checksum;
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::header;
-use scanner::Scanner;
+use scanner::{Scanner, Source};
 
 /// A format that files of this crate's readers can have besides safetensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,7 +38,16 @@ impl FileFormat {
 
     /// The arrays of a file of `nbytes` bytes. Reads no array's data.
     pub fn read(self, path: &Path, file: &File, nbytes: u64) -> Result<Table> {
-        let mut scanner = Scanner::new(path, file, nbytes);
+        self.scan(path, Source::File(file, nbytes))
+    }
+
+    /// The arrays of a file with these bytes.
+    pub fn parse(self, path: &Path, bytes: &[u8]) -> Result<Table> {
+        self.scan(path, Source::Bytes(bytes))
+    }
+
+    fn scan(self, path: &Path, source: Source<'_>) -> Result<Table> {
+        let mut scanner = Scanner::new(path, source);
         let tree = match self {
             Self::Msgpack => msgpack::parse(&mut scanner)?,
             Self::Pickle => pickle::parse(&mut scanner)?,

@@ -386,9 +386,7 @@ impl Machine<'_, '_> {
         let name = match &self.objects[kind] {
             Object::Text(text) => {
                 let code = text.trim_start_matches(['<', '|', '=']);
-                let row = dtype::DTYPES
-                    .iter()
-                    .find(|row| row.npy_descr[1..] == *code && (row.npy_descr != "|u1" || row.dtype == Dtype::U8));
+                let row = dtype::DTYPES.iter().find(|row| row.npy_descr[1..] == *code && dtype::is_of_numpy(row.dtype));
                 return Some(row.map(|row| row.dtype).ok_or_else(|| text.clone()));
             }
             Object::Global(module, name) if ["ml_dtypes", "jax.numpy", "numpy"].contains(&module.as_str()) => name,

@@ -10,6 +10,13 @@ use crate::checksum::Checksum;
 use crate::error::{Error, Result};
 use crate::file;
 
+/// Bytes that are scanned.
+#[derive(Clone, Copy)]
+pub(super) enum Source<'a> {
+    File(&'a File, u64),
+    Bytes(&'a [u8]),
+}
+
 /// Bytes that are read at once.
 const BUFFER_BYTES: usize = 1 << 16;
 
@@ -19,7 +26,7 @@ const MAX_TEXT_BYTES: u64 = 1 << 20;
 /// A place in a file.
 pub(super) struct Scanner<'a> {
     path: &'a Path,
-    file: &'a File,
+    source: Source<'a>,
     nbytes: u64,
     position: u64,
     /// Bytes of the file from `start` on.
@@ -29,8 +36,12 @@ pub(super) struct Scanner<'a> {
 }
 
 impl<'a> Scanner<'a> {
-    pub(super) fn new(path: &'a Path, file: &'a File, nbytes: u64) -> Self {
-        Self { path, file, nbytes, position: 0, buffer: Vec::new(), start: 0, hasher: Xxh3::new() }
+    pub(super) fn new(path: &'a Path, source: Source<'a>) -> Self {
+        let nbytes = match source {
+            Source::File(_, nbytes) => nbytes,
+            Source::Bytes(bytes) => bytes.len() as u64,
+        };
+        Self { path, source, nbytes, position: 0, buffer: Vec::new(), start: 0, hasher: Xxh3::new() }
     }
 
     /// Where the next byte stands.
@@ -66,7 +77,13 @@ impl<'a> Scanner<'a> {
             let wanted = count.max(BUFFER_BYTES).min(usize::try_from(self.left()).unwrap_or(usize::MAX));
             self.buffer.resize(wanted, 0);
             self.start = self.position;
-            file::read_exact_at(self.path, self.file, &mut self.buffer, self.start)?;
+            match self.source {
+                Source::File(file, _) => file::read_exact_at(self.path, file, &mut self.buffer, self.start)?,
+                Source::Bytes(bytes) => {
+                    let start = usize::try_from(self.start).expect("within the bytes");
+                    self.buffer.copy_from_slice(&bytes[start..start + wanted]);
+                }
+            }
         }
         let from = usize::try_from(self.position - self.start).expect("within the buffer");
         self.position += count as u64;

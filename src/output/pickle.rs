@@ -104,23 +104,18 @@ impl Memo {
         self.keep(out)
     }
 
-    /// A dtype: by its descriptor where NumPy has one, and else by its class in `ml_dtypes`.
+    /// A dtype: by its descriptor where NumPy has it, by its class in `ml_dtypes` elsewhere; packed ones are bytes.
     fn dtype(&mut self, out: &mut Vec<u8>, make_dtype: u8, dtype: Dtype) -> u8 {
         out.extend_from_slice(&[opcode::BINGET, make_dtype]);
         let row = dtype::info(dtype).expect("tensors have dtypes of the table");
-        if is_of_ml_dtypes(dtype) {
-            write_global(out, "ml_dtypes", row.name);
-        } else {
+        if dtype::is_of_numpy(dtype) || dtype::is_sub_byte(dtype) {
             write_str(out, row.npy_descr).expect("short");
+        } else {
+            write_global(out, "ml_dtypes", row.name);
         }
         out.extend_from_slice(&[opcode::TUPLE1, opcode::REDUCE]);
         self.keep(out)
     }
-}
-
-/// Whether an element is a byte or more, and of a type that NumPy itself does not have.
-fn is_of_ml_dtypes(dtype: Dtype) -> bool {
-    !dtype::is_sub_byte(dtype) && ["bfloat16", "float8_"].iter().any(|name| dtype::name(dtype).starts_with(name))
 }
 
 fn write_global(out: &mut Vec<u8>, module: &str, name: &str) {

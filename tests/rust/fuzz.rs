@@ -8,13 +8,15 @@ use crate::targets;
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 6] = [
+const TARGETS: [(&str, Target); 8] = [
     ("safetensors_file", targets::safetensors_file),
     ("header", targets::header),
     ("index", targets::index),
     ("manifest", targets::manifest),
     ("journal", targets::journal),
     ("npy_header", targets::npy_header),
+    ("msgpack_file", targets::msgpack_file),
+    ("pickle_file", targets::pickle_file),
 ];
 
 fn corpus(target: &str) -> Vec<Vec<u8>> {

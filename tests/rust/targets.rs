@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use safetensors::SafeTensors;
+use tensorport::input::{FileFormat, NamedArray};
 use tensorport::manifest::Manifest;
 use tensorport::output::{Tensor, npy};
 use tensorport::{dtype, header, index, journal};
@@ -80,4 +81,25 @@ pub fn npy_header(data: &[u8]) {
     let header = npy::header(dtype, &part_shape);
     assert_eq!(header.len() % npy::DATA_ALIGNMENT, 0);
     assert!(header.starts_with(b"\x93NUMPY\x01\x00") && header.ends_with(b"\n"));
+}
+
+/// The bytes of a msgpack file.
+pub fn msgpack_file(data: &[u8]) {
+    arrays_lie_within(FileFormat::Msgpack, data);
+}
+
+/// The bytes of a pickle.
+pub fn pickle_file(data: &[u8]) {
+    arrays_lie_within(FileFormat::Pickle, data);
+}
+
+fn arrays_lie_within(format: FileFormat, data: &[u8]) {
+    let Ok(table) = format.parse(Path::new("f"), data) else { return };
+    for NamedArray { name, array } in table.arrays {
+        let nbytes: u64 = array.parts.iter().map(|part| part.1).sum();
+        assert_eq!(dtype::checked_nbytes(array.dtype, &array.shape), Some(nbytes), "{name}");
+        for (offset, nbytes) in array.parts {
+            assert!(offset + nbytes <= data.len() as u64, "{name} ends behind the file");
+        }
+    }
 }
