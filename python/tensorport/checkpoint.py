@@ -132,7 +132,8 @@ def open(source: str | os.PathLike[str], *, progress: Progress = False) -> Check
 
     Args:
         source: a `.safetensors` file; a directory with an index (its files and no others) or without one (every
-            top-level `*.safetensors`); or a directory that `convert` wrote. Symbolic links are followed. Where there is
+            top-level `*.safetensors`); a directory that `convert` wrote; a `.msgpack` file by Flax or a `.pkl` file of arrays;
+            or a folder that Orbax saved a PyTree to (extra `orbax`). Symbolic links are followed. Where there is
             no such path, a string `org/name[@revision][/subfolder]` is a repository's id on a hub (extra `hub`), of
             which the files of the checkpoint are downloaded; `hf://` before it forces that reading.
         progress: of a download: False, True for a bar, or a callable that gets a :class:`ProgressEvent`.

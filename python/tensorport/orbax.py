@@ -147,7 +147,8 @@ def _name(keys: tuple[Any, ...]) -> str:
 
 
 def _nbytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * int(np.dtype(leaf.dtype).itemsize)
+    count: int = math.prod(leaf.shape)
+    return count * int(np.dtype(leaf.dtype).itemsize)
 
 
 def _tag(path: Path, keys: tuple[Any, ...], leaf: Any) -> str:

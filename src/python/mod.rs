@@ -113,7 +113,9 @@ impl PyCheckpoint {
 
     fn spec(&self, name: &str) -> PyResult<SpecTuple> {
         let tensor = self.tensor(name)?;
-        let files = tensor.parts.iter().map(|part| self.inner.files()[part.file].name.clone()).collect();
+        let mut files: Vec<_> = tensor.parts.iter().map(|part| part.file).collect();
+        files.dedup();
+        let files = files.into_iter().map(|file| self.inner.files()[file].name.clone()).collect();
         let offset = tensor.parts.first().map_or(0, |part| part.offset);
         Ok((dtype::name(tensor.dtype), tensor.shape.clone(), tensor.nbytes, files, offset))
     }

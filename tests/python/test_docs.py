@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 # Pages, and the devices that JAX has there.
 PAGES = {
     "README.md": 2,
+    "docs/formats.md": 1,
     "docs/gpt-oss.md": 1,
     "docs/hub.md": 1,
     "docs/loading.md": 8,
