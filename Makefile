@@ -96,6 +96,7 @@ bench: $(VENV)/.dev
 	cargo bench --bench products
 	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON)
 	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON) --where $(BENCH_DISK) --sync --only tensorport --only numpy
+	$(BIN)/python benchmarks/formats.py
 	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK)
 	$(BIN)/python benchmarks/load.py --where $(BENCH_DISK) --cold --rounds 3 --warmups 1
 	$(BIN)/python benchmarks/mxfp4_codec.py --experts 4
