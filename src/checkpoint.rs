@@ -278,6 +278,12 @@ impl Checkpoint {
         self
     }
 
+    /// Whether files of it are still on their way.
+    #[must_use]
+    pub fn is_arriving(&self) -> bool {
+        self.files.iter().any(|file| file.arrival.is_some())
+    }
+
     /// Lets go of those that wait for files.
     pub fn stop_waiting(&self) {
         for arrival in self.files.iter().filter_map(|file| file.arrival.as_ref()) {

@@ -227,7 +227,9 @@ impl Conversion<'_> {
             output_folder::refuse_link(&folder)?;
             std::fs::create_dir_all(&folder).map_err(|fault| Error::io(&folder, fault))?;
         }
-        let todo = self.in_turns(&done, pool.workers);
+        // What is still on its way comes in the order of the source.
+        let files_at_once = if self.checkpoint.is_arriving() { 1 } else { pool.workers };
+        let todo = self.in_turns(&done, files_at_once);
         let tensors = || todo.iter().map(|&tensor| &self.plan.tensors[tensor]);
         let names = tensors().map(|tensor| tensor.name.as_str()).collect();
         let bytes_total = tensors().map(|tensor| tensor.nbytes).sum();
@@ -255,9 +257,9 @@ impl Conversion<'_> {
         Ok(ledger.entries.into_iter().map(|entry| entry.expect("what was not done before is done now")).collect())
     }
 
-    /// The tensors that are not done, in the order in which they are begun: as many files in turns as there are workers, for
-    /// the kernel lets one of them write a file at a time.
-    fn in_turns(&self, done: &[Option<Entry>], workers: usize) -> Vec<usize> {
+    /// The tensors that are not done, in the order in which they are begun: those of some files in turns, one for each worker,
+    /// for the kernel lets one of them write a file at a time.
+    fn in_turns(&self, done: &[Option<Entry>], files_at_once: usize) -> Vec<usize> {
         let is_first = |tensor: &usize| {
             let file = self.plan.tensors[*tensor].pieces.first().map(|piece| &self.plan.files[piece.file]);
             file.is_none_or(|file| file.placed.tensors.start == *tensor)
@@ -269,7 +271,7 @@ impl Conversion<'_> {
                 _ => files.push(vec![tensor]),
             }
         }
-        let turns = files.chunks(workers.max(1)).flat_map(|files| {
+        let turns = files.chunks(files_at_once.max(1)).flat_map(|files| {
             let longest = files.iter().map(Vec::len).max().unwrap_or(0);
             (0..longest).flat_map(move |turn| files.iter().filter_map(move |file| file.get(turn).copied()))
         });
