@@ -88,8 +88,8 @@ def explained(hub_id: HubId, fault: Exception) -> Exception:
     if isinstance(fault, OSError) and not isinstance(fault, HfHubHTTPError) and not is_transient(fault):
         return fault
     return ConnectionError(
-        f"{hub_id}: found no such file or folder, no whole copy of {repo} in {cache} and no answer of {hub} as it "
-        f"should be ({words_of(fault)}), expected one of them: what came so far is kept, and goes on where it stopped"
+        f"{hub_id}: found no such file or folder, no whole copy of {repo} in {cache}, and no good answer from {hub} "
+        f"({words_of(fault)}), expected one of them: what came so far is kept, and goes on where it stopped"
     )
 
 
