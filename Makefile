@@ -41,7 +41,7 @@ ARM := aarch64-unknown-linux-gnu
 test-arm:
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
-		cargo test --release --target $(ARM) --lib --test rust -- kernels:: simd::
+		cargo test --release --target $(ARM) --lib --test rust -- attention:: kernels:: simd::
 
 test-python: $(VENV)/.dev target/release/tensorport
 	TENSORPORT_BINARY=target/release/tensorport $(BIN)/python -m pytest
