@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from conftest import SAFETENSORS_DTYPES
 
-FORMATS = ("numpy-direct", "msgpack", "jax-pickle", "safetensors", "orbax")
+Format = Literal["numpy-direct", "msgpack", "jax-pickle", "safetensors", "orbax"]
+
+FORMATS: tuple[Format, ...] = ("numpy-direct", "msgpack", "jax-pickle", "safetensors", "orbax")
 
 # Orbax has folders for names and no empty arrays.
 TAKE_ANY_TENSOR = FORMATS[:-1]
