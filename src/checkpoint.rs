@@ -454,7 +454,7 @@ impl Builder {
         output::for_each_file(stretches, |stretches| {
             let SourceFile { path, nbytes, .. } = &self.files[stretches[0].file];
             let name = stretches[0].view.name;
-            let mut layout = output::layout_of(format.layout(), stretches, metadata)
+            let mut layout = output::layout_of(format.layout(), stretches, metadata, *nbytes)
                 .map_err(|found| Error::tensor(path, name, found, "parts where the format has them"))?;
             // Nobody reads padding, and there can be as much of it as of data.
             layout.frames.retain(|frame| matches!(frame.content, Content::Bytes(_)));

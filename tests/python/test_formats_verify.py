@@ -1,5 +1,6 @@
 """verify() and open() of trees in every format: whatever byte of whatever file changes, it is noticed."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -158,6 +159,17 @@ def test_a_tree_that_says_it_is_of_another_format_is_refused(tree: Path, tmp_pat
         (copy / "manifest.json").write_text(text.replace(f'"{tree.name}"', f'"{name}"'))
         assert not opens(copy)
         assert len(verify(copy)) > 1
+
+
+@pytest.mark.parametrize("nbytes", [14, 2**40, 2**58, 2**62])
+def test_a_manifest_that_claims_more_than_its_files_hold_is_refused(tree: Path, tmp_path: Path, nbytes: int) -> None:
+    copy = Path(shutil.copytree(tree, tmp_path / tree.name))
+    content = manifest(copy)
+    content["tensors"]["a.odd"] |= {"shape": [nbytes], "nbytes": nbytes, "part_nbytes": [nbytes]}
+    (copy / "manifest.json").write_text(json.dumps(content))
+    assert not opens(copy)
+    (file,) = content["tensors"]["a.odd"]["files"]
+    assert file in {found for found, _ in verify(copy)}
 
 
 def test_values_that_the_source_does_not_make_are_found(tree: Path, source: Path, tmp_path: Path) -> None:
