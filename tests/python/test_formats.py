@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -281,6 +282,32 @@ def test_a_tree_comes_back_as_its_source(source: Path, trees: dict[str, Path], n
     assert_equal(
         {n: np.asarray(a) for n, a in flat(loaded).items()}, {n: np.asarray(a) for n, a in flat(expected).items()}
     )
+
+
+@pytest.mark.parametrize("name", ["numpy-direct", "jax-pickle", "safetensors"])
+def test_jax_maps_what_is_aligned(misaligned: Path, tmp_path: Path, name: str) -> None:
+    assert tensorport.load_params(misaligned, return_report=True)[1].mapped_bytes == 0
+    tree = convert(misaligned, tmp_path / "tree", format=name)
+    mapped = sum(info["nbytes"] for info in manifest(tree)["tensors"].values() if info["offsets"][0] % 64 == 0)
+    assert (
+        mapped >= sum(info.nbytes for info in tensorport.open(misaligned).specs.values() if info.nbytes % 64 == 0) > 0
+    )
+    assert tensorport.load_params(tree, return_report=True)[1].mapped_bytes == mapped
+
+
+def test_safetensors_need_no_manifest(trees: dict[str, Path], source: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(trees["safetensors"], tmp_path / "copy"))
+    (copy / "manifest.json").unlink()
+    assert_equal(tensorport.open(copy), tensorport.open(source))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_checkpoint_without_tensors_has_a_tree(tmp_path: Path, write_safetensors: Write, name: str) -> None:
+    source = write_safetensors(tmp_path / "m.safetensors", {}, METADATA)
+    tree = convert(source, tmp_path / "tree", format=name)
+    assert dict(tensorport.open(tree)) == {}
+    assert tensorport.open(tree).metadata == METADATA
+    assert dict(tensorport.open(convert(tree, tmp_path / "again", format=name))) == {}
 
 
 def inspect(path: Path) -> list[dict[str, Any]]:
