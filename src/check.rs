@@ -143,9 +143,9 @@ pub(crate) fn check_tensors(
 /// Compares a file's size and frames with what its format makes of its tensors.
 fn check_file(tree: Tree<'_>, stretches: &[Stretch<'_, &str>]) -> Result<()> {
     let path = tree.root.join(stretches[0].file);
-    let layout = output::layout_of(tree.format.layout(), stretches, tree.metadata)
-        .map_err(|found| Error::file(&path, found, "parts where the format has them"))?;
     let (handle, stat) = file::open_regular(&path)?;
+    let layout = output::layout_of(tree.format.layout(), stretches, tree.metadata, stat.len())
+        .map_err(|found| Error::file(&path, found, "parts where the format has them"))?;
     output::check_frames(&path, &handle, stat.len(), &layout)
 }
 

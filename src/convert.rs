@@ -250,9 +250,6 @@ impl Conversion<'_> {
             progress: &progress,
         };
         work::run(&job, 0..todo.len(), pool.workers, &progress, observer)?;
-        for folder in self.plan.folders() {
-            file::sync_folder(&self.output.join(folder))?;
-        }
         let ledger = job.ledger.into_inner().unwrap_or_else(PoisonError::into_inner);
         Ok(ledger.entries.into_iter().map(|entry| entry.expect("what was not done before is done now")).collect())
     }
@@ -299,11 +296,14 @@ impl Conversion<'_> {
         })
     }
 
-    /// Writes the side files, and says all that the manifest does but for the tensors.
+    /// Writes the side files, makes all files durable, and says all that the manifest does but for the tensors.
     fn manifest(&self) -> Result<Manifest> {
         let mut side_files = Vec::with_capacity(self.side_files.len());
         for file in self.side_files {
             side_files.push((file.name.clone(), file.write(self.output)?));
+        }
+        for folder in self.plan.folders() {
+            file::sync_folder(&self.output.join(folder))?;
         }
         let shards = self.plan.shards.iter().map(|(name, range)| {
             let files = &self.plan.files[range.clone()];

@@ -28,7 +28,7 @@ pub const MAX_RANK: usize = 64;
 const LENGTH_BYTES: usize = 8;
 
 /// Key of the free-form string map of a header.
-const METADATA_KEY: &str = "__metadata__";
+pub(crate) const METADATA_KEY: &str = "__metadata__";
 
 /// One validated header.
 #[derive(Debug)]

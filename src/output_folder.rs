@@ -185,26 +185,32 @@ pub(crate) fn refuse_link(folder: &Path) -> Result<()> {
 /// Removes temporary files of an interrupted run, and the files of a tree that is being replaced: those that its
 /// manifest or journal names, and no others.
 fn remove_leftovers(output: &Path, header: &Header<'_>) -> Result<()> {
+    let path_of = |relative: &str| {
+        let Some(path) = manifest::tree_path(output, relative) else { return Ok(None) };
+        if let Some((shard, _)) = relative.split_once('/') {
+            refuse_link(&output.join(shard))?;
+        }
+        Ok(Some(path))
+    };
+    let remove_file = |path: &Path| match std::fs::remove_file(path) {
+        Err(fault) if fault.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path, fault)),
+        _ => Ok(()),
+    };
+    let remove_temporary =
+        |relative: &str| path_of(relative)?.map_or(Ok(()), |path| remove_file(&file::temporary_path(&path)));
     let remove = |relative: &str| {
         // A manifest from elsewhere may list anything, even the journal that has just begun.
         if relative.eq_ignore_ascii_case(JOURNAL_NAME) {
             return Ok(());
         }
-        let Some(path) = manifest::tree_path(output, relative) else { return Ok(()) };
-        if let Some((shard, _)) = relative.split_once('/') {
-            refuse_link(&output.join(shard))?;
-        }
-        match std::fs::remove_file(&path) {
-            Err(fault) if fault.kind() != std::io::ErrorKind::NotFound => Err(Error::io(&path, fault)),
-            _ => Ok(()),
-        }
+        path_of(relative)?.map_or(Ok(()), |path| remove_file(&path))
     };
     // The manifest first, and durably: without it, what is left is no finished tree.
     remove(MANIFEST_NAME)?;
     file::sync_folder(output)?;
     let planned: HashSet<&str> = header.files.iter().map(AsRef::as_ref).collect();
     for relative in &header.replaces {
-        remove(&format!("{relative}{}", file::TEMPORARY_SUFFIX))?;
+        remove_temporary(relative)?;
         if !planned.contains(relative.as_ref()) {
             remove(relative)?;
         }
@@ -214,7 +220,7 @@ fn remove_leftovers(output: &Path, header: &Header<'_>) -> Result<()> {
         }
     }
     for relative in header.files.iter().map(AsRef::as_ref).chain([MANIFEST_NAME, JOURNAL_NAME]) {
-        remove(&format!("{relative}{}", file::TEMPORARY_SUFFIX))?;
+        remove_temporary(relative)?;
     }
     Ok(())
 }

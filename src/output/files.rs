@@ -42,12 +42,18 @@ pub(crate) fn for_each_file<'a, F: PartialEq>(
     if file.is_empty() { Ok(()) } else { visit(&file) }
 }
 
-/// The file that holds these stretches; what is wrong with them where a format puts them elsewhere.
+/// The file of `nbytes` bytes that holds these stretches; what is wrong with them where a format puts them elsewhere.
 pub(crate) fn layout_of<F>(
     layout: &dyn Layout,
     stretches: &[Stretch<'_, F>],
     metadata: &OrderedMap<String>,
+    nbytes: u64,
 ) -> Result<FileLayout, String> {
+    // A manifest can claim any number of bytes, and frames are made for as many.
+    let claimed = stretches.iter().fold(0u64, |sum, stretch| sum.saturating_add(stretch.data.end - stretch.data.start));
+    if claimed > nbytes {
+        return Err(format!("parts of {claimed} bytes in a file of {nbytes} bytes"));
+    }
     let mut members: Vec<Member<'_>> = Vec::new();
     let mut last = None;
     for stretch in stretches {

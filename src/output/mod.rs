@@ -222,6 +222,38 @@ fn fill_files(tensors: &[Tensor<'_>], limit: u64, path: impl Fn(usize) -> String
     placement
 }
 
+/// The fewest rows of axis 0 whose bits fill whole bytes and whole units, of which there is a power of two to a byte: 1,
+/// but for packed dtypes and for flat MXFP4.
+fn step_rows(nbytes: u64, rows: u64, unit_bytes: u64) -> u64 {
+    let row_bits = u128::from(nbytes) * 8 / u128::from(rows);
+    let unit_bits = u128::from(unit_bytes) * 8;
+    let mut step_rows = 1;
+    while row_bits * u128::from(step_rows) % unit_bits != 0 {
+        step_rows *= 2;
+    }
+    step_rows
+}
+
+/// Warns of a tensor whose files cannot be as small as is asked for.
+fn warn_of_large_row(tensor: &Tensor<'_>, bytes: u64, limit: u64) -> String {
+    format!(
+        "tensor {:?}: one row holds {bytes} bytes, more than the shard size of {limit} bytes; it gets a file of its own",
+        tensor.name
+    )
+}
+
+fn unfit(tensor: &Tensor<'_>, found: &str, expected: &str) -> Error {
+    Error::Mapping { found: format!("tensor {:?}: {found}", tensor.name), expected: expected.into() }
+}
+
+/// Refuses a tensor with a name that means something else to readers of the format.
+fn refuse_name(tensors: &[Tensor<'_>], name: &str, meaning: &str) -> Result<()> {
+    match tensors.iter().find(|tensor| tensor.name == name) {
+        Some(tensor) => Err(unfit(tensor, "its name", &format!("another one, for this one marks {meaning}"))),
+        None => Ok(()),
+    }
+}
+
 /// Most files that a tensor may be split into: far beyond any use, and within memory.
 const MAX_PARTS: u64 = 100_000;
 

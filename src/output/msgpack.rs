@@ -2,7 +2,7 @@
 
 use safetensors::Dtype;
 
-use super::{FileBuilder, FileLayout, Layout, Member, Placement, Tensor, fill_files, stored_shape};
+use super::{FileBuilder, FileLayout, Layout, Member, Placement, Tensor, fill_files, refuse_name, stored_shape};
 use crate::dtype;
 use crate::error::Result;
 use crate::ordered_map::OrderedMap;
@@ -22,6 +22,7 @@ pub struct Msgpack;
 
 impl Layout for Msgpack {
     fn place(&self, tensors: &[Tensor<'_>], _: &dyn Fn(usize) -> u64, shard_bytes: u64) -> Result<Placement> {
+        refuse_name(tensors, CHUNKED_KEY, "the chunks of an array")?;
         Ok(fill_files(tensors, shard_bytes, |number| format!("shard_{number:03}.msgpack")))
     }
 

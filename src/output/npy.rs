@@ -2,7 +2,10 @@
 
 use safetensors::Dtype;
 
-use super::{FileBuilder, FileLayout, Layout, Member, PlacedFile, Placement, Tensor, check_parts, stored_shape};
+use super::{
+    FileBuilder, FileLayout, Layout, Member, PlacedFile, Placement, Tensor, check_parts, step_rows, stored_shape,
+    warn_of_large_row,
+};
 use crate::dtype;
 use crate::error::Result;
 use crate::names;
@@ -58,11 +61,7 @@ impl Layout for Npy {
             let parts = split_bytes(tensor, unit_bytes(index), shard_bytes)?;
             let is_split = parts.len() > 1;
             if let Some(large) = parts.iter().find(|&&bytes| bytes > shard_bytes) {
-                warnings.push(format!(
-                    "tensor {:?}: one row holds {large} bytes, more than the shard size of {shard_bytes} bytes; it gets \
-                     a file of its own",
-                    tensor.name
-                ));
+                warnings.push(warn_of_large_row(tensor, *large, shard_bytes));
             }
             let mut start = 0;
             for (number, part_bytes) in parts.into_iter().enumerate() {
@@ -121,14 +120,7 @@ fn split_bytes(tensor: &Tensor<'_>, unit_bytes: u64, limit: u64) -> Result<Vec<u
     if tensor.nbytes <= limit || rows <= 1 {
         return Ok(vec![tensor.nbytes]);
     }
-    // The fewest rows whose bits fill whole bytes and whole units: 1, but for packed dtypes and for flat MXFP4.
-    let row_bits = u128::from(tensor.nbytes) * 8 / u128::from(rows);
-    let unit_bits = u128::from(unit_bytes) * 8;
-    let mut step_rows = 1;
-    while row_bits * step_rows % unit_bits != 0 {
-        step_rows *= 2;
-    }
-    let step_bytes = u64::try_from(row_bits * step_rows / 8).expect("steps are below the tensor's bytes or one unit");
+    let step_bytes = tensor.nbytes / (rows / step_rows(tensor.nbytes, rows, unit_bytes));
     let part_bytes = (limit / step_bytes).max(1) * step_bytes;
     let (whole_parts, rest) = (tensor.nbytes / part_bytes, tensor.nbytes % part_bytes);
     check_parts(tensor, limit, whole_parts.saturating_add(1))?;

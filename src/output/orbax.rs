@@ -8,9 +8,13 @@ use std::collections::{BTreeSet, HashSet};
 use safetensors::Dtype;
 use serde::Serialize;
 
-use super::{FileBuilder, FileLayout, Layout, Member, PlacedFile, Placement, Tensor, check_parts, stored_shape};
+use super::{
+    FileBuilder, FileLayout, Layout, Member, PlacedFile, Placement, Tensor, check_parts, step_rows, stored_shape,
+    unfit, warn_of_large_row,
+};
 use crate::dtype;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::file;
 use crate::journal::JOURNAL_NAME;
 use crate::manifest::MANIFEST_NAME;
 use crate::ordered_map::OrderedMap;
@@ -29,7 +33,7 @@ const MAX_NAME_BYTES: usize = 200;
 pub struct Orbax;
 
 impl Layout for Orbax {
-    fn place(&self, tensors: &[Tensor<'_>], _: &dyn Fn(usize) -> u64, shard_bytes: u64) -> Result<Placement> {
+    fn place(&self, tensors: &[Tensor<'_>], unit_bytes: &dyn Fn(usize) -> u64, shard_bytes: u64) -> Result<Placement> {
         check_names(tensors)?;
         let limit = shard_bytes.min(MAX_CHUNK_BYTES);
         let mut placement = Placement::default();
@@ -44,10 +48,14 @@ impl Layout for Orbax {
             }
             let rows = shape.first().copied().unwrap_or(1);
             let row_bytes = tensor.nbytes / rows;
+            let step_rows = step_rows(tensor.nbytes, rows, unit_bytes(index));
             // As few chunks as the limit allows, as even as they can be.
-            let chunks = rows.div_ceil((limit / row_bytes).max(1));
+            let chunks = rows.div_ceil((limit / (row_bytes * step_rows)).max(1) * step_rows);
             check_parts(tensor, limit, chunks)?;
-            let chunk_rows = rows.div_ceil(chunks);
+            let chunk_rows = rows.div_ceil(chunks).next_multiple_of(step_rows);
+            if chunk_rows * row_bytes > shard_bytes {
+                placement.warnings.push(warn_of_large_row(tensor, chunk_rows * row_bytes, shard_bytes));
+            }
             let first = placement.files.len();
             for chunk in 0..rows.div_ceil(chunk_rows) {
                 let end = ((chunk + 1) * chunk_rows).min(rows);
@@ -69,6 +77,7 @@ impl Layout for Orbax {
         let row_bytes = tensor.nbytes.checked_div(rows).unwrap_or(0);
         let is_chunk = row_bytes > 0
             && *part_bytes > 0
+            && data.start < tensor.nbytes
             && part_bytes.is_multiple_of(row_bytes)
             && data.start.is_multiple_of(*part_bytes)
             && data.end == data.start.saturating_add(*part_bytes).min(tensor.nbytes);
@@ -209,10 +218,6 @@ fn key_path(name: &str) -> String {
     }
 }
 
-fn unfit(tensor: &Tensor<'_>, found: &str, expected: &str) -> Error {
-    Error::Mapping { found: format!("tensor {:?}: {found}", tensor.name), expected: expected.into() }
-}
-
 /// Refuses names that orbax cannot have: it makes folders of them, and a tree.
 fn check_names(tensors: &[Tensor<'_>]) -> Result<()> {
     let mut lower = HashSet::new();
@@ -221,7 +226,10 @@ fn check_names(tensors: &[Tensor<'_>]) -> Result<()> {
         let name = tensor.name;
         let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_-+=@".contains(&byte);
         let has_keys = name.split('.').all(|key| !key.is_empty() && key.bytes().all(is_plain));
-        if !has_keys || name.len() > MAX_NAME_BYTES || is_own(name) {
+        if is_own(name) {
+            return Err(unfit(tensor, "its name", "another one, for a file of the checkpoint may have this one"));
+        }
+        if !has_keys || name.len() > MAX_NAME_BYTES {
             let expected =
                 "names for folders: keys of letters, digits, `_`, `-`, `+`, `=` and `@` with dots between them";
             return Err(unfit(tensor, "its name", expected));
@@ -246,7 +254,21 @@ fn check_names(tensors: &[Tensor<'_>]) -> Result<()> {
     Ok(())
 }
 
-/// Whether a name is that of another file of the tree.
+/// Names of other files in a checkpoint: ours, and those that orbax looks for and that say of what kind it is.
+const OWN_NAMES: [&str; 9] = [
+    MANIFEST_NAME,
+    JOURNAL_NAME,
+    file::LOCK_NAME,
+    "_METADATA",
+    "_CHECKPOINT_METADATA",
+    "_sharding",
+    "array_metadatas",
+    "checkpoint",
+    "manifest.ocdbt",
+];
+
+/// Whether a name is that of another file of the tree, or of one that is still being written.
 fn is_own(name: &str) -> bool {
-    [MANIFEST_NAME, JOURNAL_NAME, "_METADATA", "_CHECKPOINT_METADATA"].iter().any(|own| own.eq_ignore_ascii_case(name))
+    let name = name.to_ascii_lowercase();
+    name.ends_with(file::TEMPORARY_SUFFIX) || OWN_NAMES.iter().any(|own| own.eq_ignore_ascii_case(&name))
 }

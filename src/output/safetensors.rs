@@ -7,10 +7,10 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{FileBuilder, FileLayout, Layout, Member, PlacedFile, Placement, Tensor, fill_files};
+use super::{FileBuilder, FileLayout, Layout, Member, PlacedFile, Placement, Tensor, fill_files, refuse_name};
 use crate::dtype;
 use crate::error::Result;
-use crate::header::MAX_HEADER_BYTES;
+use crate::header::{MAX_HEADER_BYTES, METADATA_KEY};
 use crate::ordered_map::OrderedMap;
 
 /// Data of every file begins at a multiple of this.
@@ -33,6 +33,7 @@ struct Entry<'a> {
 
 impl Layout for Safetensors {
     fn place(&self, tensors: &[Tensor<'_>], _: &dyn Fn(usize) -> u64, shard_bytes: u64) -> Result<Placement> {
+        refuse_name(tensors, METADATA_KEY, "the metadata")?;
         let mut placement = fill_files(tensors, shard_bytes, |_| String::new());
         let count = placement.files.len();
         let names = (1..=count).map(|number| format!("model-{number:05}-of-{count:05}.safetensors"));
@@ -101,7 +102,8 @@ fn header(entries: &OrderedMap<Entry<'_>>, metadata: &OrderedMap<String>) -> Res
     let mut header = vec![0; 8];
     header.push(b'{');
     if !metadata.0.is_empty() {
-        header.extend_from_slice(b"\"__metadata__\":");
+        serde_json::to_writer(&mut header, METADATA_KEY).expect("writing to a Vec cannot fail");
+        header.push(b':');
         serde_json::to_writer(&mut header, metadata).expect("writing to a Vec cannot fail");
     }
     for (name, entry) in &entries.0 {

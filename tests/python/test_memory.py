@@ -2,6 +2,7 @@
 
 import json
 import select
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,13 +93,27 @@ def test_anonymous_memory_stays_below_max_memory_while_quantizing(tmp_path: Path
     assert 0.3 * MB < max(samples) < 64 * MB
 
 
-def test_a_tensor_of_five_gigabytes_takes_no_more_than_others(tmp_path: Path) -> None:
+FILES_OF_A_LARGE_TENSOR = {
+    "numpy-direct": ("large.part*.npy", 3),
+    "msgpack": ("shard_000.msgpack", 1),
+    "jax-pickle": ("shard_000.pkl", 1),
+    "safetensors": ("model-00001-of-00001.safetensors", 1),
+    # Chunks of a row of 250 MB.
+    "orbax": ("large/*.0", 5),
+}
+
+
+@pytest.mark.parametrize("name", FILES_OF_A_LARGE_TENSOR)
+def test_a_tensor_of_five_gigabytes_takes_no_more_than_others(tmp_path: Path, name: str) -> None:
     source = tmp_path / "m.safetensors"
     header = {"large": {"dtype": "F64", "shape": [5, 125_000_000], "data_offsets": [0, 5_000 * MB]}}
     write_checkpoint(source, json.dumps(header), 5_000 * MB)
-    samples = anonymous_while_converting(source, tmp_path / "tree", precision="float16", shard_size=0.7, verify=False)
+    options = {"format": name, "precision": "float16", "shard_size": 0.7, "verify": False}
+    samples = anonymous_while_converting(source, tmp_path / "tree", **options)
     assert max(samples) < 64 * MB
-    assert len(list((tmp_path / "tree").rglob("large.part*.npy"))) == 3
+    files, count = FILES_OF_A_LARGE_TENSOR[name]
+    assert len(list((tmp_path / "tree").rglob(files))) == count
+    shutil.rmtree(tmp_path / "tree")
 
 
 def test_a_header_of_100_mb_takes_a_few_times_its_size(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 import tensorport
+from format_cases import files
+from interrupted import Options, Stop, interrupt, journal_lines, kill, listed, start, wait_for
 
-Options = dict[str, Any]
 Trees = dict[str, dict[str, bytes]]
 
 # Small shards and buffers: tensors are split over many files, and files are written in many pieces.
@@ -28,17 +29,6 @@ VARIANTS: dict[str, Options] = {
     "float32": {**SMALL, "precision": "float32", "workers": 2},
     "dequantize": {**SMALL, "mxfp4": "dequantize", "workers": 2},
 }
-
-CONVERT = """
-import json, signal, sys, tensorport
-source, output, options = sys.argv[1:]
-signal.signal(signal.SIGINT, signal.default_int_handler)
-tensorport.convert(source, output, progress=False, **json.loads(options))
-"""
-
-
-class Stop(Exception):  # noqa: N818 - what a user's callback raises need not be an error
-    """What a callback of these tests raises."""
 
 
 @pytest.fixture(scope="module")
@@ -59,54 +49,9 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Trees:
     return trees
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def stats(folder: Path) -> dict[str, tuple[int, int, int]]:
     found = ((str(path.relative_to(folder)), path.stat()) for path in folder.rglob("*"))
     return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found}
-
-
-def journal_lines(output: Path) -> list[bytes]:
-    journal = output / "journal.jsonl"
-    return journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
-
-
-def start(source: Path, output: Path, options: Options) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-c", CONVERT, str(source), str(output), json.dumps(options)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE)
-
-
-def listed(count: int) -> Callable[[Path], bool]:
-    """Whether the journal lists more tensors than so many."""
-    return lambda output: len(journal_lines(output)) > count + 1
-
-
-def wait_for(child: "subprocess.Popen[bytes]", output: Path, reached: Callable[[Path], bool]) -> None:
-    """Returns when the folder has reached the state, or the child is gone."""
-    while child.poll() is None and not reached(output):
-        time.sleep(0.0002)
-
-
-def kill(child: "subprocess.Popen[bytes]") -> bool:
-    """Whether the child was still running."""
-    child.kill()
-    _, stderr = child.communicate()
-    assert child.returncode in {0, -signal.SIGKILL}, stderr.decode()
-    return child.returncode != 0
-
-
-def interrupt(source: Path, output: Path, lines: int = 20, **options: Any) -> list[str]:
-    """Stops a conversion by its callback after some tensors; returns the names that the journal lists."""
-
-    def stop(_: tensorport.ProgressEvent) -> None:
-        if len(journal_lines(output)) > lines:
-            raise Stop
-
-    with pytest.raises(Stop):
-        tensorport.convert(source, output, progress=stop, **options)
-    return [json.loads(line)["tensor"] for line in journal_lines(output)[1:]]
 
 
 def check_interrupted(output: Path, whole: dict[str, bytes]) -> None:

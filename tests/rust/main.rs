@@ -14,6 +14,7 @@ mod load;
 mod malformed;
 mod mxfp4;
 mod names;
+mod output;
 mod output_folder;
 mod plan;
 mod quantize;
