@@ -6,7 +6,7 @@
 //! sum  += dot * (the weights' scale) * (scale / 2)                              float32
 //! ```
 //!
-//! Instructions multiply unsigned bytes by signed ones, so codes come [`biased`](E2M1_BIAS), and a block's sum starts
+//! Instructions multiply unsigned bytes by signed ones, so codes come [biased](E2M1_BIAS), and sums of integers start
 //! with what takes that back.
 
 use std::iter::zip;
@@ -18,9 +18,12 @@ use super::packed::Rows;
 use crate::mxfp4::{BLOCK_BYTES, MX_BLOCK_SIZE};
 use crate::simd::{E2M1_BIAS, Kernel, Vectors};
 
-/// Blocks of a chunk; each has as many lanes.
+/// Blocks of a chunk.
 const BLOCKS: usize = CHUNK_BYTES / BLOCK_BYTES;
+
+/// Lanes of a vector, each of four bytes, and those of one block.
 const LANES: usize = 16;
+const LANES_OF_BLOCK: usize = LANES / BLOCKS;
 
 /// Rows of a matrix that are multiplied together, one to a lane.
 const PANEL_ROWS: usize = LANES;
@@ -30,19 +33,28 @@ const TILE_COLUMNS: usize = 4;
 
 /// As many activations as a chunk has codes.
 #[derive(Debug, Clone, Copy)]
-#[repr(align(64))]
+#[repr(C, align(64))]
 pub(super) struct Int8Chunk {
     /// What the low nibbles of a chunk's bytes are multiplied by, and the high ones: int8.
     nibbles: [[u8; CHUNK_BYTES]; 2],
-    /// In the first lane of each block minus the sum of its values times the bias, zero in the others.
-    starts: [i32; LANES],
-    /// Half the scale of each block, in all of its lanes; NaN where it has a NaN or an infinity.
-    half_scales: [f32; LANES],
+    /// Minus the sum of the values that a lane's bytes are multiplied by, times the bias.
+    lane_starts: [i32; LANES],
+    /// Half the scale of each lane's block.
+    lane_half_scales: [f32; LANES],
+    /// Minus the sum of each block's values, times the bias.
+    starts: [i32; BLOCKS],
+    /// Half the scale of each block; NaN where it has a NaN or an infinity.
+    half_scales: [f32; BLOCKS],
 }
 
 impl Int8Chunk {
-    pub(super) const ZERO: Self =
-        Self { nibbles: [[0; CHUNK_BYTES]; 2], starts: [0; LANES], half_scales: [0.0; LANES] };
+    pub(super) const ZERO: Self = Self {
+        nibbles: [[0; CHUNK_BYTES]; 2],
+        lane_starts: [0; LANES],
+        lane_half_scales: [0.0; LANES],
+        starts: [0; BLOCKS],
+        half_scales: [0.0; BLOCKS],
+    };
 
     /// What a lane's bytes are multiplied by when sixteen rows are transposed.
     #[inline(always)]
@@ -65,29 +77,35 @@ impl Kernel for Quantize<'_> {
         let blocks = self.values.as_chunks::<MX_BLOCK_SIZE>().0.as_chunks::<BLOCKS>().0;
         for (chunk, blocks) in zip(self.chunks, blocks) {
             for (number, values) in blocks.iter().enumerate() {
-                let (bytes, sum, scale) = quantize(values);
+                let (bytes, scale) = quantize(values);
                 for place in 0..BLOCK_BYTES {
                     chunk.nibbles[0][number * BLOCK_BYTES + place] = bytes[2 * place].cast_unsigned();
                     chunk.nibbles[1][number * BLOCK_BYTES + place] = bytes[2 * place + 1].cast_unsigned();
                 }
-                let lanes = number * LANES / BLOCKS..(number + 1) * LANES / BLOCKS;
-                chunk.starts[lanes.start] = -E2M1_BIAS * sum;
-                chunk.half_scales[lanes].fill(0.5 * scale);
+                let lanes = number * LANES_OF_BLOCK..(number + 1) * LANES_OF_BLOCK;
+                let starts = &mut chunk.lane_starts[lanes.clone()];
+                // Four bytes of codes are eight values.
+                for (start, bytes) in zip(&mut *starts, bytes.as_chunks::<8>().0) {
+                    *start = -E2M1_BIAS * bytes.iter().map(|&byte| i32::from(byte)).sum::<i32>();
+                }
+                chunk.starts[number] = starts.iter().sum();
+                chunk.lane_half_scales[lanes].fill(0.5 * scale);
+                chunk.half_scales[number] = 0.5 * scale;
             }
         }
     }
 }
 
-/// A block in int8, their sum, and the scale.
+/// A block in int8, and its scale.
 #[inline(always)]
-fn quantize(values: &[f32; MX_BLOCK_SIZE]) -> ([i8; MX_BLOCK_SIZE], i32, f32) {
+fn quantize(values: &[f32; MX_BLOCK_SIZE]) -> ([i8; MX_BLOCK_SIZE], f32) {
     // Added to a float of at most 2^22 it leaves no place for a fraction, and the lowest bits are the integer.
     const ROUNDS: f32 = 1.5 * (1 << 23) as f32;
     // Among bits without a sign those of infinities and NaN are the largest.
     let amax = f32::from_bits(values.iter().fold(0, |most, value| most.max(value.abs().to_bits())));
     let mut bytes = [0; MX_BLOCK_SIZE];
     if !amax.is_finite() {
-        return (bytes, 0, f32::NAN);
+        return (bytes, f32::NAN);
     }
     // Subnormal scales would be coarse: a block that has one consists of values that matter no more.
     let scale = (amax / 127.0).max(f32::MIN_POSITIVE);
@@ -95,7 +113,7 @@ fn quantize(values: &[f32; MX_BLOCK_SIZE]) -> ([i8; MX_BLOCK_SIZE], i32, f32) {
     for (byte, value) in zip(&mut bytes, values) {
         *byte = (value / scale + ROUNDS).to_bits() as i8;
     }
-    (bytes, bytes.iter().map(|&byte| i32::from(byte)).sum(), scale)
+    (bytes, scale)
 }
 
 /// Products of MXFP4 with int8; `NORMAL` where all scale bytes are 1 .. 254.
@@ -118,9 +136,9 @@ impl<V: Vectors, const NORMAL: bool> Products<V, Int8Chunk, 1> for Int8<NORMAL> 
         for m in 0..M {
             let [x] = x[m];
             let bytes = [vectors.load(&x.nibbles[0]), vectors.load(&x.nibbles[1])];
-            let dots = vectors.dot_bytes(codes, bytes, vectors.load(zerocopy::transmute_ref!(&x.starts)));
+            let dots = vectors.dot_bytes(codes, bytes, vectors.load(zerocopy::transmute_ref!(&x.lane_starts)));
             let products = vectors.mul(vectors.floats_of_ints(dots), factors);
-            sums[m] = vectors.mul_add(products, vectors.load_f32(&x.half_scales), sums[m]);
+            sums[m] = vectors.mul_add(products, vectors.load_f32(&x.lane_half_scales), sums[m]);
         }
     }
 }
@@ -203,7 +221,6 @@ impl<V: Vectors> PanelChunk<V> {
         columns: &[usize; M],
         sums: &mut [[f32; PANEL_ROWS]; M],
     ) {
-        const LANES_OF_BLOCK: usize = LANES / BLOCKS;
         let x = columns.map(|column| &x.get(column)[number]);
         let mut totals = [vectors.zero(); M];
         for m in 0..M {
@@ -213,7 +230,7 @@ impl<V: Vectors> PanelChunk<V> {
             let first = block * LANES_OF_BLOCK;
             let mut dots = [vectors.splat_words(0); M];
             for m in 0..M {
-                dots[m] = vectors.splat_words(x[m].starts[first].cast_unsigned());
+                dots[m] = vectors.splat_words(x[m].starts[block].cast_unsigned());
             }
             for lane in (first..first + LANES_OF_BLOCK).step_by(2) {
                 let ([a, b], [c, d]) = (self.codes[lane], self.codes[lane + 1]);
@@ -230,7 +247,7 @@ impl<V: Vectors> PanelChunk<V> {
             }
             for m in 0..M {
                 let products = vectors.mul(vectors.floats_of_ints(dots[m]), self.factors[block]);
-                totals[m] = vectors.mul_add(products, vectors.splat(x[m].half_scales[first]), totals[m]);
+                totals[m] = vectors.mul_add(products, vectors.splat(x[m].half_scales[block]), totals[m]);
             }
         }
         for m in 0..M {
