@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! scale = largest magnitude of the block / 127; q = round(x / scale), ties to even
-//! dot   = sum over the block of (twice the code's value) * q                    exact
-//! sum  += dot * (the weights' scale) * (scale / 2)                              float32
+//! dot   = sum over the block, or a quarter of it, of (twice the code's value) * q    exact
+//! sum  += dot * (the weights' scale) * (scale / 2)                                   float32
 //! ```
 //!
 //! Instructions multiply unsigned bytes by signed ones, so codes come [biased](E2M1_BIAS), and sums of integers start
