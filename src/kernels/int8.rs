@@ -99,8 +99,8 @@ impl Kernel for Quantize<'_> {
 /// A block in int8, and its scale.
 #[inline(always)]
 fn quantize(values: &[f32; MX_BLOCK_SIZE]) -> ([i8; MX_BLOCK_SIZE], f32) {
-    // Added to a float of at most 2^22 it leaves no place for a fraction, and the lowest bits are the integer.
-    const ROUNDS: f32 = 1.5 * (1 << 23) as f32;
+    // 1.5 * 2^23: added to a float of at most 2^22 it leaves no place for a fraction, and the lowest bits are the integer.
+    const ROUNDS: f32 = 1.5 * 8_388_608.0;
     // Among bits without a sign those of infinities and NaN are the largest.
     let amax = f32::from_bits(values.iter().fold(0, |most, value| most.max(value.abs().to_bits())));
     let mut bytes = [0; MX_BLOCK_SIZE];
@@ -233,7 +233,8 @@ impl<V: Vectors> PanelChunk<V> {
                 dots[m] = vectors.splat_words(x[m].starts[block].cast_unsigned());
             }
             for lane in (first..first + LANES_OF_BLOCK).step_by(2) {
-                let ([a, b], [c, d]) = (self.codes[lane], self.codes[lane + 1]);
+                let ([low, high], [next_low, next_high]) = (self.codes[lane], self.codes[lane + 1]);
+                let codes = [low, high, next_low, next_high];
                 for m in 0..M {
                     let word = |nibble: usize, lane: usize| x[m].word(nibble, lane);
                     let bytes = [
@@ -242,7 +243,7 @@ impl<V: Vectors> PanelChunk<V> {
                         vectors.splat_words(word(0, lane + 1)),
                         vectors.splat_words(word(1, lane + 1)),
                     ];
-                    dots[m] = vectors.dot_bytes([a, b, c, d], bytes, dots[m]);
+                    dots[m] = vectors.dot_bytes(codes, bytes, dots[m]);
                 }
             }
             for m in 0..M {
