@@ -48,7 +48,10 @@ fn products(criterion: &mut Criterion) {
         (0..256 * K).map(|i| f32::from(u8::try_from(i * 7919 % 251).expect("below 251")) - 125.0).collect();
     let halves: Vec<u16> = x.iter().map(|value| half::bf16::from_f32(*value).to_bits()).collect();
     let mut out = vec![0.0; 256 * N];
-    for (format, bytes, scales) in [("MXFP4", N * K / 2, N * K / 32), ("bfloat16", 2 * N * K, 0)] {
+    let (blocks, groups) = (N * K / 2, N * K / 32);
+    for (format, bytes, scales) in
+        [("MXFP4", blocks, groups), ("MXFP4 times int8", blocks, groups), ("bfloat16", 2 * N * K, 0)]
+    {
         let (bytes, scales) = (noise(bytes), vec![120; scales]);
         let mut group = criterion.benchmark_group(format);
         group.sample_size(10);
@@ -56,7 +59,11 @@ fn products(criterion: &mut Criterion) {
         group.bench_function("read", |bencher| bencher.iter(|| read(&bytes)));
         let matrix = |rows: usize| {
             let (bytes, scales) = (&bytes[..bytes.len() / N * rows], &scales[..scales.len() / N * rows]);
-            if format == "MXFP4" { Matrix::mxfp4(rows, bytes, scales) } else { Matrix::bf16(rows, K, bytes) }
+            match format {
+                "MXFP4" => Matrix::mxfp4(rows, bytes, scales),
+                "MXFP4 times int8" => Matrix::mxfp4_int8(rows, bytes, scales),
+                _ => Matrix::bf16(rows, K, bytes),
+            }
         };
         for level in Level::all() {
             for (dtype, x) in [("bfloat16", Floats::Bf16(&halves[..K])), ("float32", Floats::F32(&x[..K]))] {

@@ -34,27 +34,31 @@ impl Handler for Linear {
 }
 
 /// `tensorport.v1.mxfp4_matmul`: x [M, K], blocks [N, K / 32, 16], scales [N, K / 32] -> [M, N].
-pub struct Mxfp4Matmul;
+///
+/// With `INT8` it is `tensorport.v1.mxfp4_matmul_int8`, for which activations are rounded to int8, as in the others that
+/// have it.
+pub struct Mxfp4Matmul<const INT8: bool>;
 
-impl Handler for Mxfp4Matmul {
-    const NAME: &'static str = "tensorport.v1.mxfp4_matmul";
+impl<const INT8: bool> Handler for Mxfp4Matmul<INT8> {
+    const NAME: &'static str = if INT8 { "tensorport.v1.mxfp4_matmul_int8" } else { "tensorport.v1.mxfp4_matmul" };
 
     fn run(call: &mut Call<'_>) -> Result<()> {
         let [x, blocks, scales] = call.args()?;
         let [out] = call.results()?;
         let ([m, k], [n, _]) = (x.shape()?, scales.shape()?);
         expect_shape("result", out.shape()?, [m, n])?;
-        let matrix = mxfp4_matrix("w", &blocks, &scales, &[n], k)?;
+        let matrix = mxfp4_matrix::<INT8>("w", &blocks, &scales, &[n], k)?;
         run_linear(call, &x, &matrix, None, out)
     }
 }
 
 /// `tensorport.v1.mxfp4_expert_matmul`: x [T, K], blocks [E, N, K / 32, 16], scales [E, N, K / 32], ids int32 [T]
 /// -> [T, N].
-pub struct Mxfp4ExpertMatmul;
+pub struct Mxfp4ExpertMatmul<const INT8: bool>;
 
-impl Handler for Mxfp4ExpertMatmul {
-    const NAME: &'static str = "tensorport.v1.mxfp4_expert_matmul";
+impl<const INT8: bool> Handler for Mxfp4ExpertMatmul<INT8> {
+    const NAME: &'static str =
+        if INT8 { "tensorport.v1.mxfp4_expert_matmul_int8" } else { "tensorport.v1.mxfp4_expert_matmul" };
 
     fn run(call: &mut Call<'_>) -> Result<()> {
         let [x, blocks, scales, ids] = call.args()?;
@@ -62,7 +66,7 @@ impl Handler for Mxfp4ExpertMatmul {
         let ([tokens, k], [experts, n, _]) = (x.shape()?, scales.shape()?);
         expect_shape("ids", ids.shape()?, [tokens])?;
         expect_shape("result", out.shape()?, [tokens, n])?;
-        let stack = mxfp4_matrix("w", &blocks, &scales, &[experts, n], k)?;
+        let stack = mxfp4_matrix::<INT8>("w", &blocks, &scales, &[experts, n], k)?;
         expert_linear(Level::best(), &call.threads(), floats(&x)?, &stack, experts, ids.slice()?, floats_mut(out)?);
         Ok(())
     }
@@ -71,19 +75,19 @@ impl Handler for Mxfp4ExpertMatmul {
 /// `tensorport.v1.mxfp4_moe`: x [T, H], indices int32 [T, k], weights float32 [T, k], blocks and scales of gate and up
 /// [E, 2 I, H], their bias [E, 2 I], blocks and scales of down [E, H, I], its bias [E, H] -> [T, H].
 ///
-/// Attributes: `limit` and `alpha`, float32.
-pub struct Mxfp4Moe;
+/// Attributes: `limit` and `alpha`, float32. With `INT8` what the second layer multiplies is rounded, too.
+pub struct Mxfp4Moe<const INT8: bool>;
 
-impl Handler for Mxfp4Moe {
-    const NAME: &'static str = "tensorport.v1.mxfp4_moe";
+impl<const INT8: bool> Handler for Mxfp4Moe<INT8> {
+    const NAME: &'static str = if INT8 { "tensorport.v1.mxfp4_moe_int8" } else { "tensorport.v1.mxfp4_moe" };
 
     fn run(call: &mut Call<'_>) -> Result<()> {
         let [x, indices, weights, gate_up, gate_up_scales, gate_up_bias, down, down_scales, down_bias] = call.args()?;
         let sizes = MoeSizes::of(&x, &indices, &gate_up_bias)?;
         let (rows, k) = sizes.gate_up();
-        let gate_up = mxfp4_matrix("gate_up", &gate_up, &gate_up_scales, &rows, k)?;
+        let gate_up = mxfp4_matrix::<INT8>("gate_up", &gate_up, &gate_up_scales, &rows, k)?;
         let (rows, k) = sizes.down();
-        let down = mxfp4_matrix("down", &down, &down_scales, &rows, k)?;
+        let down = mxfp4_matrix::<INT8>("down", &down, &down_scales, &rows, k)?;
         run_moe(call, &sizes, &[x, indices, weights, gate_up_bias, down_bias], gate_up, down)
     }
 }
@@ -252,7 +256,7 @@ fn run_linear(
 }
 
 /// Blocks [..., K / 32, 16] and scales [..., K / 32] as rows of K; `rows` are the axes before it.
-fn mxfp4_matrix<'a>(
+fn mxfp4_matrix<'a, const INT8: bool>(
     what: &str,
     blocks: &Buffer<'a>,
     scales: &Buffer<'a>,
@@ -265,7 +269,8 @@ fn mxfp4_matrix<'a>(
     let groups = k / MX_BLOCK_SIZE;
     expect_dims(&format!("scales of {what}"), scales, &[rows, &[groups]].concat())?;
     expect_dims(&format!("blocks of {what}"), blocks, &[rows, &[groups, BLOCK_BYTES]].concat())?;
-    Ok(Matrix::mxfp4(product(rows)?, blocks.slice()?, scales.slice()?))
+    let matrix = if INT8 { Matrix::mxfp4_int8 } else { Matrix::mxfp4 };
+    Ok(matrix(product(rows)?, blocks.slice()?, scales.slice()?))
 }
 
 /// bfloat16 [..., K] as rows of K; `rows` are the axes before it.

@@ -48,9 +48,12 @@ impl Target {
 /// All handlers of this package.
 pub const TARGETS: &[Target] = &[
     Target::of::<handlers::Linear>(),
-    Target::of::<handlers::Mxfp4Matmul>(),
-    Target::of::<handlers::Mxfp4ExpertMatmul>(),
-    Target::of::<handlers::Mxfp4Moe>(),
+    Target::of::<handlers::Mxfp4Matmul<false>>(),
+    Target::of::<handlers::Mxfp4Matmul<true>>(),
+    Target::of::<handlers::Mxfp4ExpertMatmul<false>>(),
+    Target::of::<handlers::Mxfp4ExpertMatmul<true>>(),
+    Target::of::<handlers::Mxfp4Moe<false>>(),
+    Target::of::<handlers::Mxfp4Moe<true>>(),
     Target::of::<handlers::DenseMoe>(),
     Target::of::<handlers::GroupedAttention>(),
     Target::of::<handlers::WriteSlots>(),

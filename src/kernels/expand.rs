@@ -3,10 +3,10 @@
 use super::packed::Operand;
 use crate::simd::{Plain, Vectors};
 
-/// How a format's chunks become N vectors each.
-pub(super) trait Expand<V: Vectors, X: Operand<V>, const N: usize> {
+/// How a format's chunks are multiplied by N of what activations are packed into.
+pub(super) trait Products<V: Vectors, X, const N: usize> {
     /// The same where all scales are normal numbers of float32.
-    type Normal: Expand<V, X, N>;
+    type Normal: Products<V, X, N>;
     /// How far ahead of the chunk in work lines are asked for, when a matrix is read once. What measured fastest, by a
     /// little (AVX-512, 2026-11).
     const PREFETCH_BYTES: usize;
@@ -19,7 +19,10 @@ pub(super) trait Expand<V: Vectors, X: Operand<V>, const N: usize> {
         x: [&[X; N]; M],
         sums: &mut [V::Floats; M],
     );
+}
 
+/// How a format's chunks become N vectors each.
+pub(super) trait Expand<V: Vectors, X: Operand<V>, const N: usize>: Products<V, X, N> {
     /// The values of a chunk of sixteen rows, scaled: of `rows`, which are transposed, vector i makes the vectors
     /// i, 16 + i .. of `out`, N of them.
     fn expand(vectors: V, rows: [V::Words; 16], scales: [u32; 16], out: &mut [[X; 16]; N]);
@@ -46,12 +49,12 @@ impl<const NORMAL: bool> Mxfp4<NORMAL> {
 
 /// Factors of four scale bytes, each on four lanes.
 #[inline(always)]
-fn rare_factors<V: Vectors>(vectors: V, scales: u32) -> V::Floats {
+pub(super) fn rare_factors<V: Vectors>(vectors: V, scales: u32) -> V::Floats {
     let lanes: [u32; 16] = std::array::from_fn(|lane| scales >> (lane / 4 * 8));
     vectors.e8m0(vectors.load(zerocopy::transmute_ref!(&lanes)), 0)
 }
 
-impl<V: Vectors, const NORMAL: bool> Expand<V, [f32; 16], 8> for Mxfp4<NORMAL> {
+impl<V: Vectors, const NORMAL: bool> Products<V, [f32; 16], 8> for Mxfp4<NORMAL> {
     type Normal = Mxfp4<true>;
     const PREFETCH_BYTES: usize = 2048;
 
@@ -73,7 +76,9 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [f32; 16], 8> for Mxfp4<NORMAL> {
         }
         Self::add_scaled(vectors, products, scales, sums);
     }
+}
 
+impl<V: Vectors, const NORMAL: bool> Expand<V, [f32; 16], 8> for Mxfp4<NORMAL> {
     #[inline(always)]
     fn expand(vectors: V, codes: [V::Words; 16], scales: [u32; 16], out: &mut [[[f32; 16]; 16]; 8]) {
         let scales = vectors.load(zerocopy::transmute_ref!(&scales));
@@ -90,7 +95,7 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [f32; 16], 8> for Mxfp4<NORMAL> {
     }
 }
 
-impl<V: Vectors, const NORMAL: bool> Expand<V, [u16; 32], 4> for Mxfp4<NORMAL> {
+impl<V: Vectors, const NORMAL: bool> Products<V, [u16; 32], 4> for Mxfp4<NORMAL> {
     type Normal = Mxfp4<true>;
     const PREFETCH_BYTES: usize = 2048;
 
@@ -111,7 +116,9 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [u16; 32], 4> for Mxfp4<NORMAL> {
         }
         Self::add_scaled(vectors, products, scales, sums);
     }
+}
 
+impl<V: Vectors, const NORMAL: bool> Expand<V, [u16; 32], 4> for Mxfp4<NORMAL> {
     #[inline(always)]
     fn expand(vectors: V, codes: [V::Words; 16], scales: [u32; 16], out: &mut [[[u16; 32]; 16]; 4]) {
         // Exponents that stay within bfloat16's can be added to.
@@ -150,7 +157,7 @@ fn expand_rare(codes: &[[u16; 32]; 16], scales: [u32; 16], out: &mut [[[u16; 32]
 /// bfloat16.
 pub(super) struct Bf16;
 
-impl<V: Vectors> Expand<V, [f32; 16], 2> for Bf16 {
+impl<V: Vectors> Products<V, [f32; 16], 2> for Bf16 {
     type Normal = Self;
     const PREFETCH_BYTES: usize = 128;
 
@@ -168,7 +175,9 @@ impl<V: Vectors> Expand<V, [f32; 16], 2> for Bf16 {
             sums[m] = vectors.mul_add(odd, vectors.load_f32(&x[m][1]), sums[m]);
         }
     }
+}
 
+impl<V: Vectors> Expand<V, [f32; 16], 2> for Bf16 {
     #[inline(always)]
     fn expand(vectors: V, words: [V::Words; 16], _: [u32; 16], out: &mut [[[f32; 16]; 16]; 2]) {
         for i in 0..16 {
@@ -178,7 +187,7 @@ impl<V: Vectors> Expand<V, [f32; 16], 2> for Bf16 {
     }
 }
 
-impl<V: Vectors> Expand<V, [u16; 32], 1> for Bf16 {
+impl<V: Vectors> Products<V, [u16; 32], 1> for Bf16 {
     type Normal = Self;
     const PREFETCH_BYTES: usize = 128;
 
@@ -194,7 +203,9 @@ impl<V: Vectors> Expand<V, [u16; 32], 1> for Bf16 {
             sums[m] = vectors.bf16_dot(words, x[m][0].load(vectors), sums[m]);
         }
     }
+}
 
+impl<V: Vectors> Expand<V, [u16; 32], 1> for Bf16 {
     #[inline(always)]
     fn expand(vectors: V, words: [V::Words; 16], _: [u32; 16], out: &mut [[[u16; 32]; 16]; 1]) {
         for i in 0..16 {

@@ -40,7 +40,7 @@ pub fn expert_linear(
     }
     assert!(stack.rows() == experts * n && (experts == 0 || stack.columns() == k), "a matrix for each expert");
     let groups = group_by_expert(ids, experts, usize::MAX);
-    let x = Packed::new(threads, x, k, stack.format(), level.has_bf16_dot());
+    let x = Packed::new(level, threads, x, stack);
     let mut sums = vec![0.0; groups.iter().map(|group| group.rows.len()).sum::<usize>() * n];
     for_each(threads, tasks(&groups, n, stack, 1, &mut sums), &|task: Task<'_>| {
         let first = task.group.expert * n;
@@ -108,7 +108,7 @@ pub fn moe(
     assert!(experts.down_bias.len() == experts.down.rows(), "a bias for each row of down");
 
     let groups = group_by_expert(indices, experts.count, ROWS_OF_WAVE);
-    let x = Packed::new(threads, x, hidden, experts.gate_up.format(), level.has_bf16_dot());
+    let x = Packed::new(level, threads, x, &experts.gate_up);
     // One task's part of all tokens after the other.
     let mut sums = vec![0.0; tokens * hidden];
     let most = groups.iter().map(|group| group.rows.len()).max().unwrap_or(1);
@@ -169,7 +169,7 @@ fn first_layer(
         }
     });
     let inner: Vec<_> = rows_of(groups, width, matrix, 2, &inner).collect();
-    Packed::f32(threads, rows, width, experts.down.format(), |row, out| FloatsMut::F32(out).write(inner[row].parts()))
+    Packed::written(level, threads, rows, &experts.down, |row, out| FloatsMut::F32(out).write(inner[row].parts()))
 }
 
 /// A part of the results for one group.

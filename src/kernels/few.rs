@@ -4,14 +4,14 @@
 
 use std::ops::Range;
 
-use super::expand::Expand;
+use super::expand::Products;
 use super::matrix::{Matrix, Row};
-use super::packed::{Operand, Rows};
+use super::packed::Rows;
 use crate::simd::Vectors;
 
 /// Some rows of a matrix times a few rows of activations: `out[column * rows.len() + row]`.
 #[inline(always)]
-pub(super) fn multiply<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: usize>(
+pub(super) fn multiply<V: Vectors, X, F: Products<V, X, N>, const N: usize>(
     vectors: V,
     x: &Rows<X>,
     matrix: &Matrix<'_>,
@@ -33,7 +33,7 @@ pub(super) fn multiply<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: u
 
 /// M columns with S sums each.
 #[inline(always)]
-fn multiply_columns<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: usize, const M: usize, const S: usize>(
+fn multiply_columns<V: Vectors, X, F: Products<V, X, N>, const N: usize, const M: usize, const S: usize>(
     vectors: V,
     x: [&[X]; M],
     matrix: &Matrix<'_>,
@@ -57,7 +57,7 @@ fn multiply_columns<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: usiz
 
 /// One row times each of M.
 #[inline(always)]
-fn dot<V: Vectors, X: Operand<V>, F: Expand<V, X, N>, const N: usize, const M: usize, const S: usize>(
+fn dot<V: Vectors, X, F: Products<V, X, N>, const N: usize, const M: usize, const S: usize>(
     vectors: V,
     row: Row<'_>,
     x: [&[X]; M],

@@ -28,7 +28,7 @@ pub fn linear(
     if m == 0 {
         return;
     }
-    let x = Packed::new(threads, x, k, matrix.format(), level.has_bf16_dot());
+    let x = Packed::new(level, threads, x, matrix);
     let columns: Vec<usize> = (0..m).collect();
     let rows_of_task = rows_of_task(matrix, m, 1);
 

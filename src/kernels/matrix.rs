@@ -20,6 +20,7 @@ pub struct Matrix<'a> {
     columns: usize,
     bytes: &'a [u8],
     scales: &'a [u8],
+    takes_int8: bool,
 }
 
 impl<'a> Matrix<'a> {
@@ -32,7 +33,19 @@ impl<'a> Matrix<'a> {
         assert!(blocks.len() == BLOCK_BYTES * scales.len(), "one scale for each block");
         let groups = scales.len().checked_div(rows).unwrap_or(0);
         assert!(groups * rows == scales.len(), "rows of one length");
-        Self { format: Format::Mxfp4, rows, columns: groups * MX_BLOCK_SIZE, bytes: blocks, scales }
+        Self { format: Format::Mxfp4, rows, columns: groups * MX_BLOCK_SIZE, bytes: blocks, scales, takes_int8: false }
+    }
+
+    /// As [`mxfp4`](Self::mxfp4), to be multiplied by activations that are rounded to int8 for it.
+    ///
+    /// Each 32 of a row's activations get a scale, their largest magnitude over 127. A NaN or an infinity makes all that
+    /// its block is multiplied into NaN.
+    ///
+    /// # Panics
+    /// As `mxfp4`.
+    #[must_use]
+    pub fn mxfp4_int8(rows: usize, blocks: &'a [u8], scales: &'a [u8]) -> Self {
+        Self { takes_int8: true, ..Self::mxfp4(rows, blocks, scales) }
     }
 
     /// bfloat16 [rows, columns] as bytes, wherever they stand in memory.
@@ -45,13 +58,18 @@ impl<'a> Matrix<'a> {
             Some(bytes.len()) == rows.checked_mul(columns).and_then(|elems| elems.checked_mul(2)),
             "two bytes each"
         );
-        Self { format: Format::Bf16, rows, columns, bytes, scales: &[] }
+        Self { format: Format::Bf16, rows, columns, bytes, scales: &[], takes_int8: false }
     }
 
     /// What its rows are made of.
     #[must_use]
     pub fn format(&self) -> Format {
         self.format
+    }
+
+    /// Whether activations are rounded to int8 for it.
+    pub(super) fn takes_int8(&self) -> bool {
+        self.takes_int8
     }
 
     /// How many rows it has.

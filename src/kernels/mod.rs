@@ -8,6 +8,7 @@ mod experts;
 mod few;
 mod floats;
 mod grouping;
+mod int8;
 mod linear;
 mod many;
 mod matrix;

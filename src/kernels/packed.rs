@@ -8,9 +8,10 @@
 use std::iter::zip;
 
 use super::floats::{Floats, from_bf16};
-use super::matrix::{CHUNK_BYTES, Format};
+use super::int8::{Int8Chunk, Quantize};
+use super::matrix::{CHUNK_BYTES, Format, Matrix};
 use super::threads::{Threads, for_each};
-use crate::simd::Vectors;
+use crate::simd::{Level, Vectors};
 
 /// The values of one vector.
 pub(super) trait Operand<V: Vectors>: Copy + Send + Sync + 'static {
@@ -82,11 +83,12 @@ impl<V: Vectors> Operand<V> for [u16; 32] {
     }
 }
 
-/// Packed rows: of float32, or of bfloat16 for processors that multiply it.
+/// Packed rows: of float32, of bfloat16 for processors that multiply it, or of int8 for matrices that ask for it.
 #[derive(Debug)]
 pub(super) enum Packed {
     F32(Rows<[f32; 16]>),
     Bf16(Rows<[u16; 32]>),
+    Int8(Rows<Int8Chunk>),
 }
 
 /// Packed rows of one length.
@@ -108,37 +110,39 @@ impl<X> Rows<X> {
 }
 
 impl Packed {
-    /// Rows [rows, columns] for products with matrices of `format`. bfloat16 stays what it is if `has_bf16_dot`.
-    pub(super) fn new(
-        threads: &dyn Threads,
-        x: Floats<'_>,
-        columns: usize,
-        format: Format,
-        has_bf16_dot: bool,
-    ) -> Self {
+    /// Rows of as many values as `matrix` has columns, for products with it or with others of its kind. bfloat16 stays
+    /// what it is where `level` multiplies it.
+    pub(super) fn new(level: Level, threads: &dyn Threads, x: Floats<'_>, matrix: &Matrix<'_>) -> Self {
+        let columns = matrix.columns();
         let rows = x.len().checked_div(columns).unwrap_or(0);
         match x {
-            Floats::Bf16(values) if has_bf16_dot => Self::Bf16(pack(threads, rows, columns, format, |row, out| {
-                out.copy_from_slice(&values[row * columns..][..columns]);
-            })),
-            Floats::Bf16(values) => Self::f32(threads, rows, columns, format, |row, out| {
+            Floats::Bf16(values) if level.has_bf16_dot() && !matrix.takes_int8() => {
+                Self::Bf16(pack(threads, rows, matrix, |row, out| {
+                    out.copy_from_slice(&values[row * columns..][..columns]);
+                }))
+            }
+            Floats::Bf16(values) => Self::written(level, threads, rows, matrix, |row, out| {
                 zip(out, &values[row * columns..]).for_each(|(out, value)| *out = from_bf16(*value));
             }),
-            Floats::F32(values) => Self::f32(threads, rows, columns, format, |row, out| {
+            Floats::F32(values) => Self::written(level, threads, rows, matrix, |row, out| {
                 out.copy_from_slice(&values[row * columns..][..columns]);
             }),
         }
     }
 
-    /// Rows of float32, each of which `write` writes.
-    pub(super) fn f32(
+    /// As `new`, of rows in float32, each of which `write` writes.
+    pub(super) fn written(
+        level: Level,
         threads: &dyn Threads,
         rows: usize,
-        columns: usize,
-        format: Format,
+        matrix: &Matrix<'_>,
         write: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
-        Self::F32(pack(threads, rows, columns, format, write))
+        if matrix.takes_int8() {
+            Self::Int8(quantize(level, threads, rows, matrix.columns(), write))
+        } else {
+            Self::F32(pack(threads, rows, matrix, write))
+        }
     }
 }
 
@@ -148,11 +152,11 @@ const ROWS_OF_TASK: usize = 8;
 fn pack<T: Copy + Default + Send, const LANES: usize>(
     threads: &dyn Threads,
     rows: usize,
-    columns: usize,
-    format: Format,
+    matrix: &Matrix<'_>,
     write: impl Fn(usize, &mut [T]) + Sync,
 ) -> Rows<[T; LANES]> {
-    let values_of_chunk = match format {
+    let columns = matrix.columns();
+    let values_of_chunk = match matrix.format() {
         Format::Mxfp4 => 2 * CHUNK_BYTES,
         Format::Bf16 => CHUNK_BYTES / 2,
     };
@@ -174,4 +178,24 @@ fn pack<T: Copy + Default + Send, const LANES: usize>(
         }
     });
     Rows { vectors, vectors_of_row }
+}
+
+fn quantize(
+    level: Level,
+    threads: &dyn Threads,
+    rows: usize,
+    columns: usize,
+    write: impl Fn(usize, &mut [f32]) + Sync,
+) -> Rows<Int8Chunk> {
+    let chunks_of_row = columns.div_ceil(2 * CHUNK_BYTES);
+    let mut chunks = vec![Int8Chunk::ZERO; rows * chunks_of_row];
+    let rows_of_task = chunks.chunks_mut((ROWS_OF_TASK * chunks_of_row).max(1));
+    for_each(threads, rows_of_task.enumerate(), &|(task, chunks)| {
+        let mut values = vec![0.0; chunks_of_row * 2 * CHUNK_BYTES];
+        for (row, chunks) in (task * ROWS_OF_TASK..).zip(chunks.chunks_exact_mut(chunks_of_row)) {
+            write(row, &mut values[..columns]);
+            level.run(Quantize { values: &values, chunks });
+        }
+    });
+    Rows { vectors: chunks, vectors_of_row: chunks_of_row }
 }

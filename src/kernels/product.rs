@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::expand::{Bf16, Expand, Mxfp4};
 use super::few;
+use super::int8::{self, Int8};
 use super::many::{self, BLOCK_ROWS, Scratch};
 use super::matrix::{Format, Matrix};
 use super::packed::{Operand, Packed, Rows};
@@ -75,6 +76,14 @@ impl VectorKernel for Product<'_> {
         match (self.x, self.matrix.format()) {
             (Packed::F32(x), Format::Mxfp4) => self.multiply::<V, _, Mxfp4<false>, 8>(vectors, x),
             (Packed::Bf16(x), Format::Mxfp4) => self.multiply::<V, _, Mxfp4<false>, 4>(vectors, x),
+            (Packed::Int8(x), _) => {
+                let Self { matrix, rows, columns, out, .. } = self;
+                if columns.len() <= FEW {
+                    few::multiply::<V, _, Int8<false>, 1>(vectors, x, matrix, rows, columns, out);
+                } else {
+                    int8::multiply(vectors, x, matrix, rows, columns, out);
+                }
+            }
             (Packed::F32(x), Format::Bf16) => self.multiply::<V, _, Bf16, 2>(vectors, x),
             (Packed::Bf16(x), Format::Bf16) => self.multiply::<V, _, Bf16, 1>(vectors, x),
         }

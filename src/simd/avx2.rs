@@ -4,19 +4,20 @@
 #![expect(clippy::undocumented_unsafe_blocks, reason = "one condition for all, stated above the implementation")]
 
 use std::arch::x86_64::{
-    __m128i, __m256, __m256i, _MM_HINT_T0, _mm_add_ps, _mm_cvtsi32_si128, _mm_max_ps, _mm_prefetch, _mm256_add_epi32,
-    _mm256_add_ps, _mm256_and_si256, _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_castps256_ps128, _mm256_castsi256_ps,
-    _mm256_castsi256_si128, _mm256_cmpeq_epi32, _mm256_cmpgt_epi32, _mm256_cvtepu16_epi32, _mm256_cvtps_epi32,
-    _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps, _mm256_max_epi32, _mm256_max_ps, _mm256_min_ps,
-    _mm256_mul_ps, _mm256_or_si256, _mm256_permute2x128_si256, _mm256_permutevar8x32_epi32, _mm256_set1_epi8,
-    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi16,
-    _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi32, _mm256_srli_epi16, _mm256_sub_epi32, _mm256_unpackhi_epi32,
+    __m128i, __m256, __m256i, _MM_HINT_T0, _mm_add_ps, _mm_cvtsi32_si128, _mm_max_ps, _mm_prefetch, _mm256_add_epi16,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_castps256_ps128,
+    _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmpeq_epi32, _mm256_cmpgt_epi32, _mm256_cvtepi32_ps,
+    _mm256_cvtepu16_epi32, _mm256_cvtps_epi32, _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps,
+    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_epi32, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
+    _mm256_or_si256, _mm256_permute2x128_si256, _mm256_permutevar8x32_epi32, _mm256_set1_epi8, _mm256_set1_epi16,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_slli_epi32,
+    _mm256_srai_epi32, _mm256_srl_epi32, _mm256_srli_epi16, _mm256_sub_epi32, _mm256_unpackhi_epi32,
     _mm256_unpackhi_epi64, _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
 };
 
 use zerocopy::transmute;
 
-use super::plain::{E2M1_BYTES, Plain};
+use super::plain::{DOUBLED_E2M1, E2M1_BYTES, Plain};
 use super::vectors::Vectors;
 use crate::mxfp4::E2M1;
 
@@ -218,6 +219,46 @@ impl Vectors for Avx2 {
         exponents: [__m256i; 2],
     ) -> [__m256i; 2] {
         transmute!(Plain.add_exponents(transmute!(values), transmute!(codes), shift, transmute!(exponents)))
+    }
+
+    #[inline(always)]
+    fn e2m1_bytes(self, codes: [__m256i; 2]) -> [[__m256i; 2]; 2] {
+        unsafe {
+            let (mask, table) = (_mm256_set1_epi8(0xf), transmute!([DOUBLED_E2M1; 2]));
+            let mut bytes = [codes; 2];
+            for half in 0..2 {
+                bytes[0][half] = _mm256_shuffle_epi8(table, _mm256_and_si256(codes[half], mask));
+                let high = _mm256_and_si256(_mm256_srli_epi16::<4>(codes[half]), mask);
+                bytes[1][half] = _mm256_shuffle_epi8(table, high);
+            }
+            bytes
+        }
+    }
+
+    #[inline(always)]
+    fn dot_bytes<const S: usize>(
+        self,
+        unsigned: [[__m256i; 2]; S],
+        signed: [[__m256i; 2]; S],
+        sums: [__m256i; 2],
+    ) -> [__m256i; 2] {
+        let mut sums = sums;
+        for half in 0..2 {
+            unsafe {
+                // Four times two products of at most 24 * 127 are less than 16 bits hold.
+                let mut pairs = _mm256_maddubs_epi16(unsigned[0][half], signed[0][half]);
+                for step in 1..S {
+                    pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(unsigned[step][half], signed[step][half]));
+                }
+                sums[half] = _mm256_add_epi32(sums[half], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn floats_of_ints(self, ints: [__m256i; 2]) -> [__m256; 2] {
+        unsafe { [_mm256_cvtepi32_ps(ints[0]), _mm256_cvtepi32_ps(ints[1])] }
     }
 
     #[inline(always)]

@@ -4,27 +4,29 @@
 #![expect(clippy::undocumented_unsafe_blocks, reason = "one condition for all, stated above the implementation")]
 
 use std::arch::x86_64::{
-    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_prefetch, _mm512_add_ps, _mm512_and_si512,
-    _mm512_castsi512_ps, _mm512_castsi512_si256, _mm512_cmpeq_epi32_mask, _mm512_cmpge_epi32_mask,
-    _mm512_cvtepu16_epi32, _mm512_dpbf16_ps, _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_mask_add_epi16,
+    __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_prefetch, _mm512_add_epi16, _mm512_add_epi32,
+    _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_castsi512_si256, _mm512_cmpeq_epi32_mask,
+    _mm512_cmpge_epi32_mask, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_dpbf16_ps, _mm512_dpbusd_epi32,
+    _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_madd_epi16, _mm512_maddubs_epi16, _mm512_mask_add_epi16,
     _mm512_mask_cmple_epi32_mask, _mm512_mask_mov_epi32, _mm512_mask_mov_ps, _mm512_maskz_loadu_epi8, _mm512_max_epi32,
     _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutexvar_epi16, _mm512_permutexvar_ps,
-    _mm512_reduce_add_ps, _mm512_reduce_max_ps, _mm512_scalef_ps, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_shuffle_epi8, _mm512_shuffle_i32x4, _mm512_slli_epi16, _mm512_slli_epi32,
-    _mm512_srl_epi16, _mm512_srl_epi32, _mm512_sub_epi16, _mm512_test_epi16_mask, _mm512_unpackhi_epi32,
-    _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    _mm512_reduce_add_ps, _mm512_reduce_max_ps, _mm512_scalef_ps, _mm512_set1_epi8, _mm512_set1_epi16,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_epi8, _mm512_shuffle_i32x4, _mm512_slli_epi16,
+    _mm512_slli_epi32, _mm512_srl_epi16, _mm512_srl_epi32, _mm512_srli_epi16, _mm512_sub_epi16, _mm512_test_epi16_mask,
+    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
 use zerocopy::transmute;
 
 use super::Vectors;
+use super::plain::DOUBLED_E2M1;
 use crate::mxfp4::E2M1;
 
-/// AVX-512 F, BW, DQ and VL, FMA; with `BF16`, its products of bfloat16 as well.
+/// AVX-512 F, BW, DQ and VL, FMA; with `DOTS`, its products of bfloat16 and those of bytes as well.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx512<const BF16: bool>(());
+pub(crate) struct Avx512<const DOTS: bool>(());
 
-impl<const BF16: bool> Avx512<BF16> {
+impl<const DOTS: bool> Avx512<DOTS> {
     /// # Safety
     /// The processor must have these instructions.
     pub(super) unsafe fn new() -> Self {
@@ -60,7 +62,7 @@ const SPREAD: [i8; 64] = {
 
 // SAFETY of all blocks below: a value of the type exists only where the processor has the instructions. None of them
 // touches memory, but `_mm_prefetch`, which reads nothing and takes any address, and the one in `load_part`.
-impl<const BF16: bool> Vectors for Avx512<BF16> {
+impl<const DOTS: bool> Vectors for Avx512<DOTS> {
     type Floats = __m512;
     type Words = __m512i;
     const HAS_MANY_REGISTERS: bool = true;
@@ -242,6 +244,39 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
     }
 
     #[inline(always)]
+    fn e2m1_bytes(self, codes: __m512i) -> [__m512i; 2] {
+        unsafe {
+            let (mask, table) = (_mm512_set1_epi8(0xf), transmute!([DOUBLED_E2M1; 4]));
+            let (low, high) = (_mm512_and_si512(codes, mask), _mm512_and_si512(_mm512_srli_epi16::<4>(codes), mask));
+            [_mm512_shuffle_epi8(table, low), _mm512_shuffle_epi8(table, high)]
+        }
+    }
+
+    #[inline(always)]
+    fn dot_bytes<const S: usize>(self, unsigned: [__m512i; S], signed: [__m512i; S], sums: __m512i) -> __m512i {
+        let mut sums = sums;
+        if DOTS {
+            for step in 0..S {
+                sums = unsafe { _mm512_dpbusd_epi32(sums, unsigned[step], signed[step]) };
+            }
+            return sums;
+        }
+        unsafe {
+            // Four times two products of at most 24 * 127 are less than 16 bits hold.
+            let mut pairs = _mm512_maddubs_epi16(unsigned[0], signed[0]);
+            for step in 1..S {
+                pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(unsigned[step], signed[step]));
+            }
+            _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
+        }
+    }
+
+    #[inline(always)]
+    fn floats_of_ints(self, ints: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(ints) }
+    }
+
+    #[inline(always)]
     fn bf16_even(self, words: __m512i) -> __m512 {
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)) }
     }
@@ -253,7 +288,7 @@ impl<const BF16: bool> Vectors for Avx512<BF16> {
 
     #[inline(always)]
     fn bf16_dot(self, a: __m512i, b: __m512i, sum: __m512) -> __m512 {
-        if BF16 {
+        if DOTS {
             let (a, b): (__m512bh, __m512bh) = (transmute!(a), transmute!(b));
             return unsafe { _mm512_dpbf16_ps(sum, a, b) };
         }

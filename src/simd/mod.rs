@@ -16,7 +16,7 @@ mod vectors;
 use std::fmt;
 
 pub(crate) use exp::exp;
-pub(crate) use plain::Plain;
+pub(crate) use plain::{E2M1_BIAS, Plain};
 pub(crate) use vectors::{VectorKernel, Vectors};
 
 /// A loop to run with the widest vectors at hand.
@@ -58,7 +58,9 @@ impl Level {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            return Self(match (has_avx512, is_x86_feature_detected!("avx512bf16")) {
+            // All processors that multiply bfloat16 multiply bytes as well.
+            let has_dots = is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni");
+            return Self(match (has_avx512, has_dots) {
                 (true, true) => Instructions::Avx512Bf16,
                 (true, false) => Instructions::Avx512,
                 (false, _) => Instructions::Avx2,
@@ -115,7 +117,7 @@ impl Level {
             // SAFETY: only `best` and `all` make this level, after detecting these four, AVX2 and FMA.
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx512 => unsafe { run_avx512(kernel) },
-            // SAFETY: only `best` and `all` make this level, after detecting these five, AVX2 and FMA.
+            // SAFETY: only `best` and `all` make this level, after detecting these six, AVX2 and FMA.
             #[cfg(target_arch = "x86_64")]
             Instructions::Avx512Bf16 => unsafe { run_avx512_bf16(kernel) },
         }
@@ -185,7 +187,7 @@ fn run_avx512<K: Kernel>(kernel: K) -> K::Output {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")]
 fn run_avx512_bf16<K: Kernel>(kernel: K) -> K::Output {
     kernel.run()
 }

@@ -6,9 +6,10 @@
 #![expect(clippy::undocumented_unsafe_blocks, reason = "one condition for all, stated above the implementation")]
 
 use std::arch::aarch64::{
-    float32x4_t, uint8x16_t, uint16x8_t, uint32x4_t, vaddq_f32, vaddq_s32, vaddvq_f32, vandq_u8, vandq_u32, vbslq_f32,
-    vceqq_u32, vcgeq_s32, vcgtq_f32, vcleq_s32, vcltq_f32, vcvtq_s32_f32, vdupq_n_f32, vdupq_n_s32, vdupq_n_u8,
-    vdupq_n_u32, vfmaq_f32, vget_low_u16, vmaxnmq_f32, vmaxnmvq_f32, vmaxq_u32, vmulq_f32, vorrq_u32, vqtbl1q_u8,
+    float32x4_t, int8x16_t, uint8x16_t, uint16x8_t, uint32x4_t, vaddq_f32, vaddq_s32, vaddvq_f32, vandq_u8, vandq_u32,
+    vbslq_f32, vceqq_u32, vcgeq_s32, vcgtq_f32, vcleq_s32, vcltq_f32, vcvtq_f32_s32, vcvtq_s32_f32, vdupq_n_f32,
+    vdupq_n_s32, vdupq_n_u8, vdupq_n_u32, vfmaq_f32, vget_low_s8, vget_low_u16, vmaxnmq_f32, vmaxnmvq_f32, vmaxq_u32,
+    vmlal_high_s8, vmlal_s8, vmull_high_s8, vmull_s8, vmulq_f32, vorrq_u32, vpadalq_s16, vpaddq_s16, vqtbl1q_u8,
     vreinterpretq_f32_s32, vreinterpretq_f32_u32, vreinterpretq_s32_u32, vreinterpretq_u8_u32, vreinterpretq_u32_u8,
     vshll_high_n_u16, vshll_n_u16, vshlq_n_s32, vshlq_n_u32, vshlq_u32, vshrq_n_s32, vshrq_n_u8, vsubq_s32, vtrn1q_u8,
     vtrn1q_u32, vtrn1q_u64, vtrn2q_u8, vtrn2q_u32, vtrn2q_u64,
@@ -17,7 +18,7 @@ use std::array::from_fn;
 
 use zerocopy::transmute;
 
-use super::plain::{E2M1_BYTES, Plain};
+use super::plain::{DOUBLED_E2M1, E2M1_BYTES, Plain};
 use super::vectors::Vectors;
 
 /// NEON.
@@ -193,6 +194,38 @@ impl Vectors for Neon {
         exponents: [uint32x4_t; 4],
     ) -> [uint32x4_t; 4] {
         transmute!(Plain.add_exponents(transmute!(values), transmute!(codes), shift, transmute!(exponents)))
+    }
+
+    #[inline(always)]
+    fn e2m1_bytes(self, codes: [uint32x4_t; 4]) -> [[uint32x4_t; 4]; 2] {
+        let table: uint8x16_t = transmute!(DOUBLED_E2M1);
+        let low = codes.map(|codes| unsafe { vqtbl1q_u8(table, vandq_u8(transmute!(codes), vdupq_n_u8(0xf))) });
+        let high = codes.map(|codes| unsafe { vqtbl1q_u8(table, vshrq_n_u8::<4>(transmute!(codes))) });
+        [transmute!(low), transmute!(high)]
+    }
+
+    #[inline(always)]
+    fn dot_bytes<const S: usize>(
+        self,
+        unsigned: [[uint32x4_t; 4]; S],
+        signed: [[uint32x4_t; 4]; S],
+        sums: [uint32x4_t; 4],
+    ) -> [uint32x4_t; 4] {
+        from_fn(|quarter| unsafe {
+            // Four products of at most 24 * 127, and twice that, are less than 16 bits hold.
+            let (a, b): (int8x16_t, int8x16_t) = (transmute!(unsigned[0][quarter]), transmute!(signed[0][quarter]));
+            let (mut low, mut high) = (vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
+            for step in 1..S {
+                let (a, b) = (transmute!(unsigned[step][quarter]), transmute!(signed[step][quarter]));
+                (low, high) = (vmlal_s8(low, vget_low_s8(a), vget_low_s8(b)), vmlal_high_s8(high, a, b));
+            }
+            transmute!(vpadalq_s16(transmute!(sums[quarter]), vpaddq_s16(low, high)))
+        })
+    }
+
+    #[inline(always)]
+    fn floats_of_ints(self, ints: [uint32x4_t; 4]) -> [float32x4_t; 4] {
+        ints.map(|ints| unsafe { vcvtq_f32_s32(transmute!(ints)) })
     }
 
     #[inline(always)]

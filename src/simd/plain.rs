@@ -18,6 +18,23 @@ pub(super) const E2M1_BYTES: [[u8; 16]; 2] = {
     bytes
 };
 
+/// What is added to twice a value of E2M1, all of which are integers within ±12, to make it an unsigned byte.
+pub(crate) const E2M1_BIAS: i32 = 12;
+
+/// Twice the sixteen values, biased.
+pub(super) const DOUBLED_E2M1: [u8; 16] = {
+    let mut bytes = [0; 16];
+    let mut code = 0;
+    while code < 16 {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "0 .. 24")]
+        {
+            bytes[code] = ((2.0 * E2M1[code]) as i32 + E2M1_BIAS) as u8;
+        }
+        code += 1;
+    }
+    bytes
+};
+
 /// Arrays.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Plain;
@@ -182,6 +199,34 @@ impl Vectors for Plain {
         std::array::from_fn(|lane| {
             word_of(halves_of(values[lane]).map(|half| bf16(float(half) * scale(byte(exponents[lane], 0)))))
         })
+    }
+
+    #[inline(always)]
+    fn e2m1_bytes(self, codes: [u32; 16]) -> [[u32; 16]; 2] {
+        [0, 4].map(|shift| {
+            codes.map(|word| {
+                u32::from_le_bytes(word.to_le_bytes().map(|byte| DOUBLED_E2M1[usize::from(byte >> shift & 0xf)]))
+            })
+        })
+    }
+
+    #[inline(always)]
+    fn dot_bytes<const S: usize>(self, unsigned: [[u32; 16]; S], signed: [[u32; 16]; S], sums: [u32; 16]) -> [u32; 16] {
+        let mut sums = sums;
+        for step in 0..S {
+            for lane in 0..16 {
+                let (a, b) = (unsigned[step][lane].to_le_bytes(), signed[step][lane].to_le_bytes());
+                let products = [0, 1, 2, 3].map(|byte| i32::from(a[byte]) * i32::from(b[byte].cast_signed()));
+                sums[lane] = sums[lane].wrapping_add_signed(products.into_iter().sum());
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    #[expect(clippy::cast_precision_loss, reason = "rounds, as it says")]
+    fn floats_of_ints(self, ints: [u32; 16]) -> [f32; 16] {
+        ints.map(|int| int.cast_signed() as f32)
     }
 
     #[inline(always)]

@@ -83,6 +83,20 @@ pub(crate) trait Vectors: Copy {
     /// times 2^(byte − 127) of the scale bytes behind `exponents`. For bytes 2 .. 252.
     fn add_exponents(self, values: Self::Words, codes: Self::Words, shift: u32, exponents: Self::Words) -> Self::Words;
 
+    /// Twice the values of the E2M1 codes in the lower halves of bytes, and in the upper ones, plus
+    /// [`E2M1_BIAS`](super::E2M1_BIAS), so that none is negative: bytes.
+    fn e2m1_bytes(self, codes: Self::Words) -> [Self::Words; 2];
+    /// In each 32-bit lane the products of four unsigned bytes, all at most 24, with four signed ones, above −128, added
+    /// to `sums`: exactly, for S at most 4.
+    fn dot_bytes<const S: usize>(
+        self,
+        unsigned: [Self::Words; S],
+        signed: [Self::Words; S],
+        sums: Self::Words,
+    ) -> Self::Words;
+    /// The values of signed integers, rounded.
+    fn floats_of_ints(self, ints: Self::Words) -> Self::Floats;
+
     /// The lower bfloat16 of each 32-bit lane.
     fn bf16_even(self, words: Self::Words) -> Self::Floats;
     /// The upper bfloat16 of each 32-bit lane.

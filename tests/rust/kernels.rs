@@ -40,6 +40,7 @@ impl Random {
 /// Rows of a matrix as a checkpoint has them, and what they mean.
 struct Weights {
     format: Format,
+    int8: bool,
     rows: usize,
     columns: usize,
     bytes: Vec<u8>,
@@ -60,7 +61,7 @@ impl Weights {
                 let halves: Vec<bf16> = random.floats(rows * columns).into_iter().map(bf16::from_f32).collect();
                 let values = halves.iter().map(|half| half.to_f64()).collect();
                 let bytes = halves.iter().flat_map(|half| half.to_le_bytes()).collect();
-                Self { format, rows, columns, bytes, scales: Vec::new(), values }
+                Self { format, int8: false, rows, columns, bytes, scales: Vec::new(), values }
             }
         }
     }
@@ -71,14 +72,25 @@ impl Weights {
                 codes.iter().flat_map(move |byte| [byte & 0xf, byte >> 4].map(|code| mxfp4::decode_one(code, scale)))
             })
             .collect();
-        Self { format: Format::Mxfp4, rows, columns, bytes, scales, values }
+        Self { format: Format::Mxfp4, int8: false, rows, columns, bytes, scales, values }
+    }
+
+    /// For activations in int8.
+    fn int8(self) -> Self {
+        Self { int8: true, ..self }
     }
 
     fn matrix(&self) -> Matrix<'_> {
         match self.format {
+            Format::Mxfp4 if self.int8 => Matrix::mxfp4_int8(self.rows, &self.bytes, &self.scales),
             Format::Mxfp4 => Matrix::mxfp4(self.rows, &self.bytes, &self.scales),
             Format::Bf16 => Matrix::bf16(self.rows, self.columns, &self.bytes),
         }
+    }
+
+    /// What activations are when they are multiplied.
+    fn seen(&self, x: &[f64]) -> Vec<f64> {
+        if self.int8 { in_int8(x) } else { x.to_vec() }
     }
 
     /// A row times x, and the sum of what its products are without signs.
@@ -86,6 +98,18 @@ impl Weights {
         let row = &self.values[row * self.columns..(row + 1) * self.columns];
         zip(row, x).map(|(w, x)| w * x).fold((0.0, 0.0), |(sum, size), product| (sum + product, size + product.abs()))
     }
+}
+
+/// Rounded to integers times the largest magnitude of each block over 127, in float32.
+fn in_int8(x: &[f64]) -> Vec<f64> {
+    let block = |block: &[f64]| {
+        #[expect(clippy::cast_possible_truncation, reason = "a float32 in the first place, or one that is rounded")]
+        let block: Vec<f32> = block.iter().map(|&value| value as f32).collect();
+        let scale = block.iter().fold(0.0, |most: f32, value| most.max(value.abs())) / 127.0;
+        let round = move |value: f32| if value == 0.0 { 0.0 } else { f64::from((value / scale).round_ties_even()) };
+        block.into_iter().map(move |value| round(value) * f64::from(scale))
+    };
+    x.chunks(MX_BLOCK_SIZE).flat_map(block).collect()
 }
 
 /// Activations in both dtypes, and what they mean.
@@ -125,6 +149,7 @@ fn products_are_those_of_float64_whatever_the_sizes() {
     let sizes = [(1, 3), (2, 7), (5, 18), (1, 31), (3, 25), (4, 5), (5, 61), (9, 13)];
     let (formats, sizes) = if cfg!(miri) { (&formats[..2], &sizes[..3]) } else { (&formats[..], &sizes[..]) };
     assert_products(&mut Random(1), formats, sizes);
+    assert_int8_products(&mut Random(1), &[160, 2880][..if cfg!(miri) { 1 } else { 2 }], sizes);
 }
 
 /// Each number of rows is divided into tiles of its own widths.
@@ -133,29 +158,42 @@ fn products_are_those_of_float64_whatever_the_sizes() {
 fn products_are_those_of_float64_for_every_number_of_rows() {
     let sizes: Vec<(usize, usize)> = (1..=26).map(|m| (m, 35)).collect();
     assert_products(&mut Random(5), &[(Format::Mxfp4, 32), (Format::Bf16, 7)], &sizes);
+    assert_int8_products(&mut Random(5), &[32, 96], &sizes);
 }
 
 fn assert_products(random: &mut Random, matrices: &[(Format, usize)], sizes: &[(usize, usize)]) {
     for &(format, columns) in matrices {
         for &(m, n) in sizes {
             let weights = Weights::random(random, format, n, columns);
-            let bias = random.floats(n);
-            for x in Activations::all(random.floats(m * columns)) {
-                for level in Level::all() {
-                    let mut out = vec![f32::NAN; m * n];
-                    let bias = Some(Floats::F32(&bias));
-                    linear(level, &THREADS, x.floats(), &weights.matrix(), bias, FloatsMut::F32(&mut out));
-                    for (place, &found) in out.iter().enumerate() {
-                        let (row, column) = (place / n, place % n);
-                        let (sum, size) = weights.dot(column, &x.row(row, columns));
-                        let bias = match bias {
-                            Some(Floats::F32(bias)) => f64::from(bias[column]),
-                            _ => unreachable!(),
-                        };
-                        let what = format!("{format:?} [{n}, {columns}], row {row} of {m}, {level}");
-                        assert_sum(found, (sum + bias, size + bias.abs()), columns + 1, &what);
-                    }
-                }
+            assert_products_with(random, &weights, m, columns + 1);
+        }
+    }
+}
+
+/// Products within a block are exact: there are as many roundings as blocks, and three for each.
+fn assert_int8_products(random: &mut Random, columns: &[usize], sizes: &[(usize, usize)]) {
+    for &columns in columns {
+        for &(m, n) in sizes {
+            let weights = Weights::random(random, Format::Mxfp4, n, columns).int8();
+            assert_products_with(random, &weights, m, columns / MX_BLOCK_SIZE + 3);
+        }
+    }
+}
+
+fn assert_products_with(random: &mut Random, weights: &Weights, m: usize, roundings: usize) {
+    let (n, columns) = (weights.rows, weights.columns);
+    let bias = random.floats(n);
+    for x in Activations::all(random.floats(m * columns)) {
+        let rows: Vec<Vec<f64>> = (0..m).map(|row| weights.seen(&x.row(row, columns))).collect();
+        for level in Level::all() {
+            let mut out = vec![f32::NAN; m * n];
+            linear(level, &THREADS, x.floats(), &weights.matrix(), Some(Floats::F32(&bias)), FloatsMut::F32(&mut out));
+            for (place, &found) in out.iter().enumerate() {
+                let (row, column) = (place / n, place % n);
+                let (sum, size) = weights.dot(column, &rows[row]);
+                let bias = f64::from(bias[column]);
+                let what = format!("{:?} [{n}, {columns}], row {row} of {m}, {level}", weights.format);
+                assert_sum(found, (sum + bias, size + bias.abs()), roundings, &what);
             }
         }
     }
@@ -211,6 +249,72 @@ fn every_code_under_every_scale_byte_is_exact() {
     }
 }
 
+/// 127 is its own integer: what comes out is 127 times single weights, but where float32 ends before.
+#[test]
+#[cfg_attr(miri, ignore = "many values, and Miri is slow")]
+fn in_int8_every_code_under_every_scale_byte_is_exact() {
+    let codes: Vec<u8> = (0..16).map(|byte: u8| ((2 * byte) % 16) | (((2 * byte + 1) % 16) << 4)).collect();
+    let weights = Weights::mxfp4(256, 32, codes.repeat(256), (0..=255).collect()).int8();
+    for (m, place) in [1, 4, 5, 9].into_iter().flat_map(|m| (0..32).map(move |place| (m, place))) {
+        let mut one_hot = vec![0.0; m * 32];
+        one_hot[(m - 1) * 32 + place] = 127.0;
+        for x in Activations::all(one_hot) {
+            for level in Level::all() {
+                let mut out = vec![0.0; m * 256];
+                linear(level, &THREADS, x.floats(), &weights.matrix(), None, FloatsMut::F32(&mut out));
+                for (scale, &found) in out[(m - 1) * 256..].iter().enumerate() {
+                    let expected = 127.0 * weights.values[scale * 32 + place];
+                    // Twice 127 times 6 is less than 2^11, and is multiplied by at most 2^127.
+                    let is_beyond = scale > 244 && found.is_infinite() && (found > 0.0) == (expected > 0.0);
+                    let is_right = f64::from(found) == expected || found.is_nan() && expected.is_nan() || is_beyond;
+                    assert!(is_right, "scale {scale}, place {place}, {level}: found {found}, expected {expected}");
+                }
+            }
+        }
+    }
+}
+
+/// The largest sums that there are, of both signs, and the smallest activations.
+#[test]
+fn in_int8_extremes_are_exact() {
+    let codes =
+        [[0x77; BLOCK_BYTES], [0xff; BLOCK_BYTES], [0x7f; BLOCK_BYTES], [0xf7; BLOCK_BYTES]].as_flattened().to_vec();
+    let weights = Weights::mxfp4(4, 32, codes, vec![127; 4]).int8();
+    for (m, level) in [1, 5].into_iter().flat_map(|m| Level::all().into_iter().map(move |level| (m, level))) {
+        for size in [1.0, 2.0_f32.powi(-126), 2.0_f32.powi(112)] {
+            let x: Vec<f32> =
+                (0..m * 32).map(|place| if place / 32 % 2 == 0 { 127.0 * size } else { -127.0 * size }).collect();
+            let mut out = vec![0.0; m * 4];
+            linear(level, &THREADS, Floats::F32(&x), &weights.matrix(), None, FloatsMut::F32(&mut out));
+            for (row, found) in out.chunks(4).enumerate() {
+                let sum = 32.0 * 6.0 * 127.0 * size * if row % 2 == 0 { 1.0 } else { -1.0 };
+                assert_eq!(found, [sum, -sum, 0.0, 0.0], "row {row} of {m}, {level}");
+            }
+        }
+        // Less than the smallest scale there is: as integers times that, rather than divided by zero.
+        let x = vec![3.0 * f32::MIN_POSITIVE; m * 32];
+        let mut out = vec![1.0; m * 4];
+        linear(level, &THREADS, Floats::F32(&x), &weights.matrix(), None, FloatsMut::F32(&mut out));
+        assert_eq!(out[..4], [32.0 * 18.0 * f32::MIN_POSITIVE, -32.0 * 18.0 * f32::MIN_POSITIVE, 0.0, 0.0], "{level}");
+    }
+}
+
+#[test]
+fn in_int8_nan_and_infinity_make_their_rows_nan() {
+    let random = &mut Random(3);
+    let weights = Weights::random(random, Format::Mxfp4, 13, 96).int8();
+    for (m, level) in [4, 7].into_iter().flat_map(|m| Level::all().into_iter().map(move |level| (m, level))) {
+        let mut floats = vec![1.0; m * 96];
+        (floats[40], floats[96 + 40]) = (f32::NAN, f32::NEG_INFINITY);
+        for x in Activations::all(floats) {
+            let mut out = vec![0.0; m * 13];
+            linear(level, &THREADS, x.floats(), &weights.matrix(), None, FloatsMut::F32(&mut out));
+            assert!(out[..26].iter().all(|value| value.is_nan()), "{level}");
+            assert!(out[26..].iter().all(|value| value.is_finite()), "{level}");
+        }
+    }
+}
+
 #[test]
 fn nan_and_infinity_reach_their_rows_alone() {
     let random = &mut Random(3);
@@ -232,10 +336,14 @@ fn nan_and_infinity_reach_their_rows_alone() {
 fn each_row_meets_its_experts_matrix_and_rows_without_one_become_nan() {
     let random = &mut Random(4);
     let (experts, n, columns) = (5, if cfg!(miri) { 3 } else { 27 }, 64);
-    let weights = Weights::random(random, Format::Mxfp4, experts * n, columns);
     // Expert 1 has no row, expert 3 has many.
     let ids = [3, 0, -1, 3, 3, 5, 4, 3, 2, i32::MIN, 3, 3];
-    for x in Activations::all(random.floats(ids.len() * columns)) {
+    for (int8, x) in [false, true]
+        .map(|int8| Activations::all(random.floats(ids.len() * columns)).map(|x| (int8, x)))
+        .into_iter()
+        .flatten()
+    {
+        let weights = Weights { int8, ..Weights::random(random, Format::Mxfp4, experts * n, columns) };
         for level in Level::all() {
             let mut out = vec![0.0; ids.len() * n];
             let result = FloatsMut::F32(&mut out);
@@ -244,7 +352,7 @@ fn each_row_meets_its_experts_matrix_and_rows_without_one_become_nan() {
                 let (row, column) = (place / n, place % n);
                 match usize::try_from(ids[row]).ok().filter(|&expert| expert < experts) {
                     Some(expert) => {
-                        let sum = weights.dot(expert * n + column, &x.row(row, columns));
+                        let sum = weights.dot(expert * n + column, &weights.seen(&x.row(row, columns)));
                         assert_sum(found, sum, columns, &format!("row {row}, {level}"));
                     }
                     None => assert!(found.is_nan(), "row {row}, {level}"),
@@ -259,9 +367,11 @@ fn each_row_meets_its_experts_matrix_and_rows_without_one_become_nan() {
 fn a_mixture_is_that_of_float64() {
     let random = &mut Random(5);
     let (count, hidden, width, k) = (6, 64, 96, 3);
-    for format in [Format::Mxfp4, Format::Bf16] {
-        let gate_up = Weights::random(random, format, count * 2 * width, hidden);
-        let down = Weights::random(random, format, count * hidden, width);
+    for (format, int8) in [(Format::Mxfp4, false), (Format::Bf16, false), (Format::Mxfp4, true)] {
+        let gate_up = Weights { int8, ..Weights::random(random, format, count * 2 * width, hidden) };
+        let down = Weights { int8, ..Weights::random(random, format, count * hidden, width) };
+        // A value between the layers that is nearly half an integer may become either neighbour.
+        let tolerance = if int8 { 5e-3 } else { 1e-4 };
         let biases = [random.floats(count * 2 * width), random.floats(count * hidden)];
         let experts = Experts {
             count,
@@ -292,7 +402,7 @@ fn a_mixture_is_that_of_float64() {
                         );
                         let size = expected.iter().fold(0.0, |size: f64, value| size.max(value.abs()));
                         for (&found, expected) in zip(found, expected) {
-                            let is_close = (f64::from(found) - expected).abs() <= 1e-4 * size;
+                            let is_close = (f64::from(found) - expected).abs() <= tolerance * size;
                             let what = format!("{format:?}, token {token} of {tokens}, {level}");
                             assert!(is_close || found.is_nan() && expected.is_nan(), "{what}: {found}, {expected}");
                         }
@@ -312,6 +422,7 @@ fn mixture(
     (count, hidden, width): (usize, usize, usize),
 ) -> Vec<f64> {
     let mut out = vec![0.0; hidden];
+    let x = gate_up.seen(x);
     for (&index, &weight) in zip(indices, weights) {
         if index == ELSEWHERE {
             continue;
@@ -319,7 +430,7 @@ fn mixture(
         let Some(expert) = usize::try_from(index).ok().filter(|&expert| expert < count) else {
             return vec![f64::NAN; hidden];
         };
-        let row = |row: usize| gate_up.dot(row, x).0 + f64::from(biases[0][row]);
+        let row = |row: usize| gate_up.dot(row, &x).0 + f64::from(biases[0][row]);
         let inner: Vec<f64> = (0..width)
             .map(|place| {
                 let first = 2 * (expert * width + place);
@@ -327,6 +438,7 @@ fn mixture(
                 gate / (1.0 + (-1.702 * gate).exp()) * (up + 1.0)
             })
             .collect();
+        let inner = down.seen(&inner);
         for (place, out) in out.iter_mut().enumerate() {
             let row = expert * hidden + place;
             *out += f64::from(weight) * (down.dot(row, &inner).0 + f64::from(biases[1][row]));

@@ -18,10 +18,13 @@ from tensorport import _core
 from tensorport.kernels.registry import Device
 from tensorport.kernels.varying import vary_alike
 
-__all__ = ["FLOATS", "as_float", "as_ids", "call", "refuses", "unavailable", "update"]
+__all__ = ["FLOATS", "ROUNDS_TO_INT8", "as_float", "as_ids", "call", "refuses", "unavailable", "update"]
 
 FLOATS: Final = ("bfloat16", "float32")
 """Dtypes of activations that native kernels take."""
+
+ROUNDS_TO_INT8: Final = "rounds x to int8, and runs where it is named alone"
+"""Why no kernel that does so is chosen automatically."""
 
 _LOCK: Final = threading.Lock()
 _NOT_TRIED: Final = "not registered yet"

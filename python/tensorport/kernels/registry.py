@@ -9,14 +9,20 @@ import jax
 
 __all__ = ["Device", "Explanation", "Implementation", "ImplementationName", "Op", "explain"]
 
-ImplementationName: TypeAlias = Literal["auto", "xla", "native", "pallas_triton", "pallas_mosaic", "scaled_dot"]
+ImplementationName: TypeAlias = Literal[
+    "auto", "xla", "native", "native_int8", "pallas_triton", "pallas_mosaic", "scaled_dot"
+]
 """`auto` takes the first that can run; the others run or raise NotImplementedError.
 
-`xla`: plain JAX, everywhere. `native`: Rust on CPU. `pallas_triton`, `pallas_mosaic`: Pallas on NVIDIA GPUs.
+`xla`: plain JAX, everywhere. `native`: Rust on CPU. `native_int8`: the same with activations rounded to int8, for
+products with MXFP4; every other op takes it for `native`. `pallas_triton`, `pallas_mosaic`: Pallas on NVIDIA GPUs.
 `scaled_dot`: the block-scaled products of NVIDIA's Blackwell, through XLA.
 """
 
 _NOT_HERE: Final = "not in this version of tensorport"
+
+_EXTENDS: Final = {"native_int8": "native"}
+"""Implementations that only some ops have, and what the others take them for: a model names one for all of its ops."""
 
 OPS: Final[dict[str, "Op"]] = {}
 """Every op by its public name, such as `mxfp4.matmul`."""
@@ -74,22 +80,26 @@ class Implementation:
         elsewhere: of an implementation for CPU alone what computes the same in programs that are compiled for other
             platforms. Only the automatic choice has it: a program is traced before anybody knows what it is for. The
             implementation called by its name is refused there, when the program is lowered.
+        is_for_cpu: whether it is refused there without having anything that computes the same.
+        opt_in: why `auto` never chooses it; None if it may.
     """
 
     name: str
     run: Callable[..., jax.Array]
     refuses: Callable[..., str | None] = lambda *_: None
     elsewhere: Callable[..., jax.Array] | None = None
+    is_for_cpu: bool = False
+    opt_in: str | None = None
 
     def by_platform(self) -> dict[str, "Implementation"]:
         """What runs if this one is named, and if it was chosen automatically, under names of their own."""
-        if self.elsewhere is None:
+        if self.elsewhere is None and not self.is_for_cpu:
             return {self.name: self}
+        named = {self.name: Implementation(self.name, partial(_by_platform, self.run, None))}
+        if self.elsewhere is None:
+            return named
         anywhere = f"{self.name} or elsewhere"
-        return {
-            self.name: Implementation(self.name, partial(_by_platform, self.run, None)),
-            anywhere: Implementation(anywhere, partial(_by_platform, self.run, self.elsewhere)),
-        }
+        return {**named, anywhere: Implementation(anywhere, partial(_by_platform, self.run, self.elsewhere))}
 
 
 def _by_platform(on_cpu: Callable[..., jax.Array], elsewhere: Callable[..., jax.Array] | None, *args: Any) -> jax.Array:
@@ -164,6 +174,7 @@ class Op:
             NotImplementedError: the named one cannot run, or with `auto` none can; says why.
             ValueError: no such implementation.
         """
+        implementation = self._meant_by(implementation)
         explanation = self.explain(implementation, Device.of(*args), *args)
         if explanation.implementation is not None:
             chosen = explanation.implementation
@@ -183,10 +194,21 @@ class Op:
         if implementation not in names:
             raise ValueError(f"implementation: found {implementation!r}, expected one of {', '.join(map(repr, names))}")
         reasons: dict[str, str | None] = {name: known.refuses(device, *args) for name, known in self._named.items()}
-        reasons |= {name: _NOT_HERE for name in names if name not in reasons and name != "auto"}
-        wanted = reasons if implementation == "auto" else (implementation,)
+        for name in names:
+            if name not in reasons and name != "auto":
+                meant = self._meant_by(name)
+                reasons[name] = _NOT_HERE if meant == name else f"is {meant} here"
+        if implementation == "auto":
+            reasons |= {
+                name: known.opt_in for name, known in self._named.items() if known.opt_in and reasons[name] is None
+            }
+        wanted = reasons if implementation == "auto" else (self._meant_by(implementation),)
         chosen = next((name for name in wanted if reasons[name] is None), None)
         return Explanation(self.name, device, chosen, reasons)
+
+    def _meant_by(self, name: str) -> str:
+        extended = _EXTENDS.get(name)
+        return name if extended is None or name in self._named or extended not in self._named else extended
 
 
 def explain(op: str | Callable[..., Any], *args: Any, implementation: ImplementationName = "auto") -> Explanation:

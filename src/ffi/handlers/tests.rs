@@ -204,10 +204,11 @@ fn assert_faults_are_refused<H: Handler>(mut case: Case) {
 #[test]
 fn whatever_is_wrong_with_one_array_is_refused() {
     assert_faults_are_refused::<Linear>(linear_case(2, 3, 5));
-    assert_faults_are_refused::<Mxfp4Matmul>(matmul_case(2, 5, 96));
-    assert_faults_are_refused::<Mxfp4ExpertMatmul>(expert_case(2, 4, 5, 96));
+    assert_faults_are_refused::<Mxfp4Matmul<false>>(matmul_case(2, 5, 96));
+    assert_faults_are_refused::<Mxfp4Matmul<true>>(matmul_case(2, 5, 96));
+    assert_faults_are_refused::<Mxfp4ExpertMatmul<false>>(expert_case(2, 4, 5, 96));
     assert_faults_are_refused::<DenseMoe>(dense_moe_case([2, 3, 4, 10, 7]));
-    assert_faults_are_refused::<Mxfp4Moe>(mxfp4_moe_case([2, if cfg!(miri) { 1 } else { 3 }, 4, 64, 96]));
+    assert_faults_are_refused::<Mxfp4Moe<false>>(mxfp4_moe_case([2, if cfg!(miri) { 1 } else { 3 }, 4, 64, 96]));
 }
 
 #[test]
@@ -232,14 +233,14 @@ fn faults_of_linear_are_told() {
 #[test]
 fn faults_of_products_with_codes_are_told() {
     let case = || matmul_case(2, 5, 96);
-    let fault = Case::fault::<Mxfp4Matmul>;
+    let fault = Case::fault::<Mxfp4Matmul<false>>;
     assert_eq!(fault(case().arg(0, F32, &[2, 128])), "scales of w: found [5, 3], expected [5, 4]");
     assert_eq!(fault(case().arg(0, F32, &[2, 97])), "K of w: found 97, expected a multiple of 32");
     assert_eq!(fault(case().arg(1, U8, &[5, 3, 8])), "blocks of w: found [5, 3, 8], expected [5, 3, 16]");
     assert_eq!(fault(case().arg(1, U8, &[3, 5, 16])), "blocks of w: found [3, 5, 16], expected [5, 3, 16]");
     assert_eq!(fault(case().arg(1, 2, &[5, 3, 16])), "argument 1: found int8, expected uint8");
     let case = || expert_case(2, 4, 5, 96);
-    let fault = Case::fault::<Mxfp4ExpertMatmul>;
+    let fault = Case::fault::<Mxfp4ExpertMatmul<false>>;
     assert_eq!(fault(case().arg(2, U8, &[5, 4, 3])), "result: found [2, 5], expected [2, 4]");
     assert_eq!(fault(case().arg(1, U8, &[5, 4, 3, 16])), "blocks of w: found [5, 4, 3, 16], expected [4, 5, 3, 16]");
     assert_eq!(fault(case().arg(3, S32, &[3])), "ids: found [3], expected [2]");
@@ -249,7 +250,7 @@ fn faults_of_products_with_codes_are_told() {
 #[test]
 fn faults_of_mixtures_are_told() {
     let case = || mxfp4_moe_case([2, 3, 4, 64, 96]);
-    let fault = Case::fault::<Mxfp4Moe>;
+    let fault = Case::fault::<Mxfp4Moe<false>>;
     assert_eq!(fault(case().arg(1, S32, &[2, 5])), "weights: found [2, 3], expected [2, 5]");
     assert_eq!(fault(case().arg(1, S32, &[3, 3])), "indices: found [3, 3], expected [2, 3]");
     assert_eq!(fault(case().arg(2, BF16, &[2, 3])), "argument 2: found bfloat16, expected float32");
@@ -278,14 +279,14 @@ fn sizes_beyond_memory_are_refused_unread() {
         text("1: found dims [4611686018427387904, 2]")
     );
     assert_eq!(
-        mxfp4_moe_case([2, 3, 4, 64, 96]).arg(5, F32, &[huge, 2 * huge]).fault::<Mxfp4Moe>(),
+        mxfp4_moe_case([2, 3, 4, 64, 96]).arg(5, F32, &[huge, 2 * huge]).fault::<Mxfp4Moe<false>>(),
         text("5: found dims [2147483648, 4294967296]")
     );
     // 2^62 rows fit, and are not those of the matrices.
-    let fault = mxfp4_moe_case([2, 3, 4, 64, 96]).arg(5, F32, &[huge, huge]).fault::<Mxfp4Moe>();
+    let fault = mxfp4_moe_case([2, 3, 4, 64, 96]).arg(5, F32, &[huge, huge]).fault::<Mxfp4Moe<false>>();
     assert_eq!(fault, "scales of gate_up: found [4, 64, 3], expected [2147483648, 2147483648, 3]");
     // Of no values, but more rows than a number can tell.
-    let fault = expert_case(0, 2 * huge, 2 * huge, 0).fault::<Mxfp4ExpertMatmul>();
+    let fault = expert_case(0, 2 * huge, 2 * huge, 0).fault::<Mxfp4ExpertMatmul<false>>();
     assert_eq!(fault, "rows: found [4294967296, 4294967296], expected fewer than addresses");
     let fault = dense_moe_case([2, 3, 2 * huge, 2 * huge, 0]).arg(4, F32, &[2 * huge, 2 * huge]);
     assert_eq!(fault.fault::<DenseMoe>(), text("4: found dims [4294967296, 4294967296]"));
@@ -295,29 +296,29 @@ fn sizes_beyond_memory_are_refused_unread() {
 fn without_rows_or_columns_there_are_no_values_to_write() {
     for (m, n) in [(0, 3), (2, 0), (0, 0)] {
         assert!(linear_case(m, n, 5).values::<Linear>().is_empty());
-        assert!(matmul_case(m, n, 96).values::<Mxfp4Matmul>().is_empty());
-        assert!(expert_case(m, 4, n, 96).values::<Mxfp4ExpertMatmul>().is_empty());
-        assert_eq!(mxfp4_moe_case([m, 3, 4, 64, 32 * n]).result(F32, &[m, 32 * n]).call::<Mxfp4Moe>(), Ok(()));
+        assert!(matmul_case(m, n, 96).values::<Mxfp4Matmul<false>>().is_empty());
+        assert!(expert_case(m, 4, n, 96).values::<Mxfp4ExpertMatmul<false>>().is_empty());
+        assert_eq!(mxfp4_moe_case([m, 3, 4, 64, 32 * n]).result(F32, &[m, 32 * n]).call::<Mxfp4Moe<false>>(), Ok(()));
         assert!(dense_moe_case([m, 3, 4, 10, n]).values::<DenseMoe>().is_empty());
     }
-    assert!(expert_case(0, 0, 5, 96).values::<Mxfp4ExpertMatmul>().is_empty());
+    assert!(expert_case(0, 0, 5, 96).values::<Mxfp4ExpertMatmul<false>>().is_empty());
 }
 
 #[test]
 fn sums_of_nothing_are_zero() {
     assert_eq!(linear_case(2, 3, 0).values::<Linear>(), [0.5; 6]);
-    assert_eq!(matmul_case(2, 5, 0).values::<Mxfp4Matmul>(), [0.0; 10]);
-    assert_eq!(expert_case(2, 4, 5, 0).values::<Mxfp4ExpertMatmul>(), [0.0; 10]);
-    assert_eq!(mxfp4_moe_case([2, 0, 4, 64, 96]).values::<Mxfp4Moe>(), [0.0; 192]);
+    assert_eq!(matmul_case(2, 5, 0).values::<Mxfp4Matmul<false>>(), [0.0; 10]);
+    assert_eq!(expert_case(2, 4, 5, 0).values::<Mxfp4ExpertMatmul<false>>(), [0.0; 10]);
+    assert_eq!(mxfp4_moe_case([2, 0, 4, 64, 96]).values::<Mxfp4Moe<false>>(), [0.0; 192]);
     assert_eq!(dense_moe_case([2, 0, 4, 10, 7]).values::<DenseMoe>(), [0.0; 14]);
 }
 
 #[test]
 fn rows_of_no_expert_become_nan() {
-    assert!(expert_case(2, 0, 5, 96).values::<Mxfp4ExpertMatmul>().iter().all(|value| value.is_nan()));
+    assert!(expert_case(2, 0, 5, 96).values::<Mxfp4ExpertMatmul<false>>().iter().all(|value| value.is_nan()));
     let mut case = mxfp4_moe_case([2, 3, 4, 64, 96]);
     case.args[1] = Array::of_s32(&[2, 3], &[ELSEWHERE, 4, ELSEWHERE, ELSEWHERE, ELSEWHERE, 3]);
-    let values = case.values::<Mxfp4Moe>();
+    let values = case.values::<Mxfp4Moe<false>>();
     assert!(values[..96].iter().all(|value| value.is_nan()));
     // Codes are zero: what is left is the bias of one expert.
     assert_eq!(values[96..], [0.5; 96]);
@@ -326,8 +327,30 @@ fn rows_of_no_expert_become_nan() {
 #[test]
 fn mixtures_without_experts_or_width_are_refused() {
     let (no_experts, no_width) = ("experts: found 0, expected at least 1", "width of gate_up: found 0");
-    assert_eq!(mxfp4_moe_case([2, 3, 0, 64, 96]).fault::<Mxfp4Moe>(), no_experts);
+    assert_eq!(mxfp4_moe_case([2, 3, 0, 64, 96]).fault::<Mxfp4Moe<false>>(), no_experts);
     assert_eq!(dense_moe_case([2, 3, 0, 10, 7]).fault::<DenseMoe>(), no_experts);
-    assert!(mxfp4_moe_case([2, 3, 4, 0, 96]).fault::<Mxfp4Moe>().starts_with(no_width));
+    assert!(mxfp4_moe_case([2, 3, 4, 0, 96]).fault::<Mxfp4Moe<false>>().starts_with(no_width));
     assert!(dense_moe_case([2, 3, 4, 0, 7]).fault::<DenseMoe>().starts_with(no_width));
+}
+
+#[test]
+fn with_int8_the_same_is_computed_under_a_name_of_its_own() {
+    fn assert_same<A: Handler, B: Handler>(case: &Case) {
+        assert_eq!(B::NAME, format!("{}_int8", A::NAME));
+        assert_eq!(case.clone().values::<B>(), case.clone().values::<A>());
+    }
+    // Codes of 6 and of -0.5 under a scale of 1, and x of 1, which is 127 times its block's scale.
+    let with_codes = |mut case: Case, pairs: &[usize]| {
+        for &index in pairs {
+            case.args[index].memory.fill(0x9797_9797_9797_9797);
+            case.args[index + 1].memory.fill(0x7f7f_7f7f_7f7f_7f7f);
+        }
+        case
+    };
+    let case = with_codes(matmul_case(2, 5, 96), &[1]);
+    assert_same::<Mxfp4Matmul<false>, Mxfp4Matmul<true>>(&case);
+    assert_eq!(case.values::<Mxfp4Matmul<true>>(), [264.0; 10]);
+    assert_same::<Mxfp4ExpertMatmul<false>, Mxfp4ExpertMatmul<true>>(&with_codes(expert_case(2, 4, 5, 96), &[1]));
+    // Both gates are clamped, and so alike in all places.
+    assert_same::<Mxfp4Moe<false>, Mxfp4Moe<true>>(&with_codes(mxfp4_moe_case([2, 3, 4, 64, 96]), &[3, 6]));
 }

@@ -6,6 +6,7 @@ import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, BFloat16, Float, Integer
 
+from tensorport.kernels import native as native_kernels
 from tensorport.kernels.arguments import float_array, integer_array, mxfp4_array, same_size
 from tensorport.kernels.frozen import no_gradient
 from tensorport.kernels.mxfp4_expert_matmul import native, xla
@@ -27,6 +28,9 @@ OP = Op(
     "mxfp4.expert_matmul",
     _arguments,
     Implementation("native", native.expert_matmul, native.refuses, elsewhere=xla.expert_matmul),
+    Implementation(
+        "native_int8", native.expert_matmul_int8, native.refuses, is_for_cpu=True, opt_in=native_kernels.ROUNDS_TO_INT8
+    ),
     Implementation("xla", xla.expert_matmul),
 )
 
@@ -48,7 +52,7 @@ def expert_matmul(
         x: bfloat16, float16, float32 or float64.
         w: codes and scales of [E, N, K], the contraction axis last.
         expert_ids: in any order. The row of a token whose id is not in 0 .. E - 1 becomes NaN.
-        implementation: see :func:`tensorport.kernels.explain`.
+        implementation: see :func:`tensorport.kernels.explain`. `native_int8` alone rounds `x`.
 
     Returns:
         In the dtype of `x`, on its device.

@@ -7,7 +7,7 @@ from tensorport.kernels import native
 from tensorport.kernels.registry import Device
 from tensorport.mxfp4.types import MXFP4Array
 
-__all__ = ["expert_matmul", "refuses"]
+__all__ = ["expert_matmul", "expert_matmul_int8", "refuses"]
 
 
 def refuses(device: Device, x: Array, w: MXFP4Array, expert_ids: Array) -> str | None:
@@ -17,7 +17,16 @@ def refuses(device: Device, x: Array, w: MXFP4Array, expert_ids: Array) -> str |
 
 def expert_matmul(x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"]) -> Float[Array, "t n"]:
     """X [T, K] . w[expert_ids] [T, N, K] -> [T, N]."""
+    return _call("tensorport.v1.mxfp4_expert_matmul", x, w, expert_ids)
+
+
+def expert_matmul_int8(x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"]) -> Float[Array, "t n"]:
+    """As `expert_matmul`, with x rounded to int8."""
+    return _call("tensorport.v1.mxfp4_expert_matmul_int8", x, w, expert_ids)
+
+
+def _call(target: str, x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"]) -> Float[Array, "t n"]:
     result = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
     ids = native.as_ids(expert_ids, w.shape[0])
-    rows: Array = native.call("tensorport.v1.mxfp4_expert_matmul", result, x, w.blocks, w.scales, ids)
+    rows: Array = native.call(target, result, x, w.blocks, w.scales, ids)
     return rows

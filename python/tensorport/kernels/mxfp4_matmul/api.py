@@ -6,6 +6,7 @@ import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, BFloat16, Float
 
+from tensorport.kernels import native as native_kernels
 from tensorport.kernels.arguments import float_array, mxfp4_array, same_size
 from tensorport.kernels.frozen import no_gradient
 from tensorport.kernels.mxfp4_matmul import native, scaled_dot, xla
@@ -27,6 +28,9 @@ OP = Op(
     _arguments,
     Implementation("scaled_dot", scaled_dot.matmul, scaled_dot.refuses),
     Implementation("native", native.matmul, native.refuses, elsewhere=xla.matmul),
+    Implementation(
+        "native_int8", native.matmul_int8, native.refuses, is_for_cpu=True, opt_in=native_kernels.ROUNDS_TO_INT8
+    ),
     Implementation("xla", xla.matmul),
 )
 
@@ -44,7 +48,7 @@ def matmul(
     Args:
         x: bfloat16, float16, float32 or float64.
         w: codes and scales of [N, K], the contraction axis last.
-        implementation: see :func:`tensorport.kernels.explain`.
+        implementation: see :func:`tensorport.kernels.explain`. `native_int8` alone rounds `x`.
 
     Returns:
         In the dtype of `x`, on its device.

@@ -6,6 +6,7 @@ import jax
 from jax.typing import ArrayLike
 from jaxtyping import Array, BFloat16, Float, Integer
 
+from tensorport.kernels import native as native_kernels
 from tensorport.kernels.arguments import float_array, integer_array, mxfp4_array, same_size
 from tensorport.kernels.frozen import no_gradient
 from tensorport.kernels.mxfp4_moe import native, xla
@@ -43,6 +44,9 @@ OP = Op(
     "mxfp4.moe",
     _arguments,
     Implementation("native", native.moe, native.refuses, elsewhere=xla.moe),
+    Implementation(
+        "native_int8", native.moe_int8, native.refuses, is_for_cpu=True, opt_in=native_kernels.ROUNDS_TO_INT8
+    ),
     Implementation("xla", xla.moe),
 )
 
@@ -82,7 +86,8 @@ def moe(  # noqa: PLR0917 - the order of the contract
         down_bias: [E, H].
         limit: where gate and up are clamped.
         alpha: steepness of the sigmoid.
-        implementation: see :func:`tensorport.kernels.explain`.
+        implementation: see :func:`tensorport.kernels.explain`. `native_int8` alone rounds `x`, and what is between the
+            layers.
 
     Returns:
         In the dtype of `x`, on its device.

@@ -11,7 +11,7 @@ from tensorport.kernels import native
 from tensorport.kernels.mxfp4_moe.types import ELSEWHERE, Activation, DenseExperts, Experts, TransposedExperts
 from tensorport.kernels.registry import Device
 
-__all__ = ["moe", "refuses"]
+__all__ = ["moe", "moe_int8", "refuses"]
 
 
 def refuses(device: Device, x: Array, router_indices: Array, router_weights: Array, experts: Any) -> str | None:
@@ -38,6 +38,28 @@ def moe(
     """The outputs of each token's experts, weighted and summed."""
     is_mxfp4 = isinstance(experts, Experts)
     target = "tensorport.v1.mxfp4_moe" if is_mxfp4 else "tensorport.v1.dense_moe"
+    return _call(target, x, router_indices, router_weights, experts, activation)
+
+
+def moe_int8(
+    x: Float[Array, "t h"],
+    router_indices: Integer[Array, "t k"],
+    router_weights: Float[Array, "t k"],
+    experts: Experts,
+    activation: Activation,
+) -> Float[Array, "t h"]:
+    """As `moe`, with what both layers multiply rounded to int8."""
+    return _call("tensorport.v1.mxfp4_moe_int8", x, router_indices, router_weights, experts, activation)
+
+
+def _call(  # noqa: PLR0917 - those of moe
+    target: str,
+    x: Float[Array, "t h"],
+    router_indices: Integer[Array, "t k"],
+    router_weights: Float[Array, "t k"],
+    experts: Experts | DenseExperts,
+    activation: Activation,
+) -> Float[Array, "t h"]:
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)
     ids = native.as_ids(router_indices, experts.gate_up.shape[0], ELSEWHERE)
     weights = router_weights.astype(jnp.float32)
