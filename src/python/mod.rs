@@ -146,6 +146,17 @@ impl PyCheckpoint {
         (pairs.collect(), misfits.collect())
     }
 
+    /// The float8 weights with block scales: names of weights and of their scales. And the scales that fit no weight: name,
+    /// name that the decoded tensor would have, what is wrong.
+    fn float8_pairs(&self, py: Python<'_>) -> PyResult<(Vec<(String, String)>, Vec<(String, String, String)>)> {
+        let name = |index: usize| self.inner.tensors()[index].name.clone();
+        let pairing = py.detach(|| self.inner.float8_pairing())?;
+        let pairs = pairing.pairs.into_iter().map(|pair| (name(pair.weight), name(pair.scales)));
+        let misfits =
+            pairing.misfits.into_iter().map(|misfit| (name(misfit.index), misfit.name, misfit.fault.to_string()));
+        Ok((pairs.collect(), misfits.collect()))
+    }
+
     /// Reads regions of tensors. Returns for each request its regions, how many values overflowed and how many became
     /// zero; and the bytes read.
     #[pyo3(signature = (requests, *, on_overflow, workers, memory, callback))]
