@@ -52,7 +52,7 @@ class Arrivals:
 class Memory:
     def __new__(cls) -> Memory: ...
 
-# names of one tensor, or of blocks, or a float8 weight, and scales; the conversion's name; regions as (start, stop) for each axis
+# names of one tensor, or of one and its scales; the conversion's name; regions as (start, stop) for each axis
 _Request = tuple[list[str], str, list[list[tuple[int, int]]]]
 
 @final

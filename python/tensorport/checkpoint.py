@@ -100,12 +100,12 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
 
     @property
     def total_parameters(self) -> int:
-        """Number of parameters; MXFP4 values count once, their scales do not."""
+        """Number of parameters; MXFP4 values count once, scales do not."""
         return self._core.total_parameters
 
     @property
     def stored_elements(self) -> int:
-        """Parameters and MXFP4 scales: the number that model hubs show."""
+        """Parameters and scales: the number that model hubs show."""
         return self._core.stored_elements
 
     @property

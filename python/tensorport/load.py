@@ -114,10 +114,10 @@ def load_params(
         mxfp4: what becomes of a pair of blocks and scales: `keep` makes it one :class:`tensorport.mxfp4.MXFP4Array`,
             `dequantize` one array [..., 32 * groups] in `dtype` (None means bfloat16), `raw` leaves two uint8 arrays.
             All but `raw` know the pair by the name of the decoded tensor.
-        float8: what becomes of a weight X of dtype float8_e4m3fn with scales `X_scale_inv` for its blocks: `keep` leaves
-            two arrays, `dequantize` makes one array X in `dtype` (None means bfloat16): each value times the scale of
-            its block, rounded once. Blocks are of `weight_block_size` in config.json's `quantization_config`, else of
-            128 x 128.
+        float8: what becomes of a weight X of dtype float8_e4m3fn with scales `X_scale_inv` for its blocks: `keep`
+            leaves two arrays, `dequantize` makes one array X in `dtype` (None means bfloat16): each value times the
+            scale of its block, rounded once. Blocks are of `weight_block_size` in config.json's
+            `quantization_config`, else of 128 x 128.
         sharding: a Sharding, a device, a callable `(name, ShapeDtypeStruct) -> Sharding`, or a list of
             `(regex, PartitionSpec)` for `mesh`: the first that `re.search` finds in a leaf's name. Each process reads
             the bytes that its devices hold. None is JAX's default device, or what `target` says.

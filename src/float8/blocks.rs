@@ -98,7 +98,7 @@ impl Blocks {
 
     /// Bytes of scales for each value, rounded up: no stretch of whole rows has more.
     pub(crate) fn scale_bytes_per_value(&self) -> u64 {
-        (self.scale_columns() * self.scale_dtype.nbytes()).div_ceil(self.columns.max(1))
+        self.scale_columns().saturating_mul(self.scale_dtype.nbytes()).div_ceil(self.columns.max(1))
     }
 
     /// The first scale of a row, which is counted through the whole stack.

@@ -142,7 +142,7 @@ fn safe_scales(to: Target) -> std::ops::RangeInclusive<f32> {
 
 /// A normal power of two.
 const fn power_of_two(exponent: i32) -> f32 {
-    f32::from_bits(((exponent + 127) as u32) << 23)
+    f32::from_bits((exponent + 127).cast_unsigned() << 23)
 }
 
 /// Decodes codes under one of the [`safe_scales`].

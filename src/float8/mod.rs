@@ -1,6 +1,6 @@
 //! float8 with block scales: which tensors form a pair, where each value's scale stands, and how values are decoded.
 //!
-//! The layout is that of DeepSeek-V3: `X` F8_E4M3 [..., N, K] and `X_scale_inv` [..., N / rows, K / columns], divisions
+//! The layout is that of DeepSeek-V3: `X` [..., N, K] of `F8_E4M3` and `X_scale_inv` [..., N / rows, K / columns], divisions
 //! rounded up; a value is the float8 value times the scale of its block. Codes are those of OCP 8-bit Floating Point
 //! Specification v1.0: no infinities, and NaN where all bits but the sign are set.
 
