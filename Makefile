@@ -27,7 +27,7 @@ test: test-rust
 test-rust:
 	cargo test
 	# Loops become vectors only with optimisation.
-	cargo test --release --test rust -- attention:: cast:: encode:: kernels:: mxfp4:: quantize::
+	cargo test --release --test rust -- attention:: cast:: encode:: float8:: kernels:: mxfp4:: quantize::
 ifneq ($(LIBPYTHON_DIR),)
 	LD_LIBRARY_PATH=$(LIBPYTHON_DIR):$$LD_LIBRARY_PATH cargo test --features python --lib
 else

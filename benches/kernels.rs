@@ -6,6 +6,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use safetensors::Dtype;
 use tensorport::cast::{self, OnOverflow, Target};
 use tensorport::checksum::TensorHasher;
+use tensorport::float8::{BlockSize, Blocks, ScaleDtype, Scales, decode_with};
 use tensorport::mxfp4::{self, BLOCK_BYTES, DecodeTable, ErrorSums, MX_BLOCK_SIZE, ScaleRule};
 use tensorport::simd::Level;
 
@@ -64,6 +65,26 @@ fn dequantize(criterion: &mut Criterion) {
     }
 }
 
+fn dequantize_float8(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("dequantize float8");
+    // A chunk of 36 rows: they share the 56 scales of the first blocks.
+    let blocks = Blocks { rows: 128, columns: 7168, size: BlockSize::default(), scale_dtype: ScaleDtype::F32 };
+    #[expect(clippy::cast_possible_truncation, reason = "any byte does")]
+    let codes: Vec<u8> = (0..ELEMS).map(|i| (i * 167 % 251) as u8).collect();
+    let scales: Vec<u8> = (0..56u8).flat_map(|i| (1e-4 + 1e-6 * f32::from(i)).to_le_bytes()).collect();
+    for to in [Target::Bf16, Target::F16, Target::F32] {
+        let mut out = vec![0; ELEMS * to.dtype().bitsize() / 8];
+        group.throughput(Throughput::Bytes(out.len() as u64));
+        for level in Level::all() {
+            let scales = Scales { first: 0, bytes: &scales };
+            group.bench_function(format!("{}, {level}", to.dtype()), |bencher| {
+                bencher
+                    .iter(|| decode_with(level, blocks, to, 0, black_box(&codes), scales, &mut out, OnOverflow::Error));
+            });
+        }
+    }
+}
+
 fn quantize(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("quantize");
     let groups = ELEMS / MX_BLOCK_SIZE;
@@ -111,5 +132,5 @@ fn checksum(criterion: &mut Criterion) {
     });
 }
 
-criterion_group!(kernels, casts, dequantize, quantize, quantization_error, checksum);
+criterion_group!(kernels, casts, dequantize, dequantize_float8, quantize, quantization_error, checksum);
 criterion_main!(kernels);

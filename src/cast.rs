@@ -196,13 +196,15 @@ trait Source {
 }
 
 /// A target dtype.
-trait Stored {
+pub(crate) trait Stored {
     /// Bytes of an element.
     type Bytes: Copy;
     /// True for f32, into which an F64 is rounded once and directly.
     const IS_F32: bool;
     /// Splits a slice into elements.
     fn elements(bytes: &mut [u8]) -> &mut [Self::Bytes];
+    /// The bytes of elements.
+    fn bytes(elements: &mut [Self::Bytes]) -> &mut [u8];
     /// Rounds to nearest even.
     fn round(value: f32) -> Self::Bytes;
     /// Whether the stored element is an infinity.
@@ -214,9 +216,9 @@ trait Stored {
 }
 
 struct F64;
-struct F32;
-struct F16;
-struct Bf16;
+pub(crate) struct F32;
+pub(crate) struct F16;
+pub(crate) struct Bf16;
 
 /// Elements between two looks at the counts: small enough for L1, long enough for vectors.
 const BLOCK_ELEMS: usize = 1024;
@@ -398,6 +400,9 @@ impl Stored for F32 {
     fn elements(bytes: &mut [u8]) -> &mut [[u8; 4]] {
         whole_mut(bytes)
     }
+    fn bytes(elements: &mut [[u8; 4]]) -> &mut [u8] {
+        elements.as_flattened_mut()
+    }
     #[inline]
     fn round(value: f32) -> [u8; 4] {
         value.to_le_bytes()
@@ -420,6 +425,9 @@ impl Stored for F16 {
     const IS_F32: bool = false;
     fn elements(bytes: &mut [u8]) -> &mut [[u8; 2]] {
         whole_mut(bytes)
+    }
+    fn bytes(elements: &mut [[u8; 2]]) -> &mut [u8] {
+        elements.as_flattened_mut()
     }
     #[inline]
     fn round(value: f32) -> [u8; 2] {
@@ -460,6 +468,9 @@ impl Stored for Bf16 {
     const IS_F32: bool = false;
     fn elements(bytes: &mut [u8]) -> &mut [[u8; 2]] {
         whole_mut(bytes)
+    }
+    fn bytes(elements: &mut [[u8; 2]]) -> &mut [u8] {
+        elements.as_flattened_mut()
     }
     #[inline]
     fn round(value: f32) -> [u8; 2] {

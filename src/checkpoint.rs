@@ -15,12 +15,14 @@ use crate::checksum::Checksum;
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::file;
+use crate::float8::{self, BlockSize};
 use crate::header;
 use crate::index;
 use crate::input::{Array, FileFormat, NamedArray};
 use crate::journal;
 use crate::manifest::{self, MANIFEST_NAME, Manifest};
 use crate::mapping::Mapping;
+use crate::model_config;
 use crate::mxfp4::{self, Candidate, Pairing};
 use crate::options::Format;
 use crate::ordered_map::OrderedMap;
@@ -44,6 +46,7 @@ pub struct Checkpoint {
     metadata: OrderedMap<String>,
     total_parameters: u64,
     stored_elements: u64,
+    float8_size: OnceLock<BlockSize>,
 }
 
 /// What a checkpoint was opened from.
@@ -340,13 +343,13 @@ impl Checkpoint {
         &self.metadata
     }
 
-    /// Number of parameters: MXFP4 values count once, their scales do not.
+    /// Number of parameters: MXFP4 values count once, scales do not.
     #[must_use]
     pub fn total_parameters(&self) -> u64 {
         self.total_parameters
     }
 
-    /// Parameters and MXFP4 scales, as model hubs count them.
+    /// Parameters and scales, as model hubs count them.
     #[must_use]
     pub fn stored_elements(&self) -> u64 {
         self.stored_elements
@@ -357,6 +360,30 @@ impl Checkpoint {
     pub fn pairing(&self) -> Pairing {
         let candidates: Vec<_> = self.tensors.iter().map(|tensor| tensor.candidate(self.path_of(tensor))).collect();
         mxfp4::pair(&candidates)
+    }
+
+    /// The float8 weights with block scales among its tensors.
+    pub fn float8_pairing(&self) -> Result<float8::Pairing> {
+        let candidates: Vec<_> = self.tensors.iter().map(|tensor| tensor.candidate(self.path_of(tensor))).collect();
+        Ok(float8::pair(&candidates, self.float8_size()?))
+    }
+
+    /// The size of its float8 blocks, which config.json beside it gives; else that of DeepSeek-V3. The configuration of a
+    /// checkpoint without such blocks is not looked at.
+    pub fn float8_size(&self) -> Result<BlockSize> {
+        if let Some(&size) = self.float8_size.get() {
+            return Ok(size);
+        }
+        let folder = match self.kind {
+            Kind::File => self.root.parent().unwrap_or(Path::new("")),
+            Kind::Directory | Kind::Tree => &self.root,
+        };
+        let size = if float8::has_scales(self.tensors.iter().map(|tensor| tensor.name.as_str())) {
+            model_config::block_size(folder)?
+        } else {
+            None
+        };
+        Ok(*self.float8_size.get_or_init(|| size.unwrap_or_default()))
     }
 
     /// Path of the file that holds the beginning of a tensor.
@@ -504,6 +531,7 @@ impl Builder {
             metadata,
             total_parameters,
             stored_elements,
+            float8_size: OnceLock::new(),
         })
     }
 

@@ -17,7 +17,7 @@ use crate::convert::{self, ConversionReport, Mode, Quantized};
 use crate::error::{Error, Result, printable};
 use crate::inspect::{self, grouped, human_bytes, one_line};
 use crate::mxfp4::ScaleRule;
-use crate::options::{Format, Mxfp4Mode, Options, Precision};
+use crate::options::{Float8Mode, Format, Mxfp4Mode, Options, Precision};
 use crate::progress::{Event, Phase};
 use crate::verify;
 use crate::work::Resources;
@@ -132,6 +132,9 @@ struct ConvertArgs {
     /// Keep MXFP4 blocks and scales, decode them, or encode chosen matrices
     #[arg(long, value_enum, default_value = "keep")]
     mxfp4: Mxfp4Mode,
+    /// Keep float8 weights and the scales of their blocks, or decode them
+    #[arg(long, value_enum, default_value = "keep")]
+    float8: Float8Mode,
     /// Encode matrices that match, with --mxfp4 quantize; may be repeated
     #[arg(long, value_name = "GLOB")]
     quantize: Option<Vec<String>>,
@@ -176,6 +179,7 @@ impl ConvertArgs {
             format: self.format,
             precision: self.precision,
             mxfp4: self.mxfp4,
+            float8: self.float8,
             quantize: self.quantize.clone(),
             scale_rule: self.scale_rule,
             shard_size: self.shard_size,

@@ -50,7 +50,7 @@ pub struct ConversionReport {
     pub options: Options,
     /// Number of tensors in the output.
     pub total_tensors: u64,
-    /// Number of parameters; MXFP4 values count once, their scales do not.
+    /// Number of parameters; MXFP4 values count once, scales do not.
     pub total_parameters: u64,
     /// Bytes of tensor data in the output.
     pub total_bytes: u64,
@@ -115,8 +115,7 @@ pub fn convert_arriving(
     if let Some(arrivals) = arrivals {
         checkpoint = checkpoint.arriving(arrivals);
     }
-    let path_of = |tensor| checkpoint.path_of(tensor);
-    let plan = plan::plan(checkpoint.tensors(), path_of, checkpoint.metadata(), options)?;
+    let plan = plan::of_checkpoint(&checkpoint, options)?;
     let side_files = side_files::plan(&checkpoint, &plan, options)?;
     let job = Conversion { checkpoint: &checkpoint, plan: &plan, side_files: &side_files, options, output };
     let expected = Expected::new(&checkpoint, &plan, &side_files, options);

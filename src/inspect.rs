@@ -11,6 +11,7 @@ use crate::cast::{OnOverflow, Target};
 use crate::checkpoint::Checkpoint;
 use crate::dtype;
 use crate::error::{Result, printable};
+use crate::float8;
 use crate::mxfp4;
 use crate::ordered_map::OrderedMap;
 use crate::plan::{Piece, PlannedTensor};
@@ -29,9 +30,9 @@ pub struct Inspection {
     pub tensors: Vec<TensorRow>,
     /// Number of tensors.
     pub total_tensors: u64,
-    /// Number of parameters: MXFP4 values count once, their scales do not.
+    /// Number of parameters: MXFP4 values count once, scales do not.
     pub total_parameters: u64,
-    /// Parameters and MXFP4 scales, as model hubs count them.
+    /// Parameters and scales, as model hubs count them.
     pub stored_elements: u64,
     /// Bytes of tensor data.
     pub total_bytes: u64,
@@ -54,6 +55,8 @@ pub struct TensorRow {
     pub files: Vec<String>,
     /// `blocks` or `scales` of an MXFP4 pair.
     pub mxfp4: Option<&'static str>,
+    /// `weight` or `scales` of a float8 weight with block scales.
+    pub float8: Option<&'static str>,
     /// Statistics of the values, if asked for. Those of MXFP4 blocks are of the decoded values.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stats: Option<Stats>,
@@ -73,12 +76,17 @@ pub fn inspect(checkpoint: &Checkpoint) -> Inspection {
             nbytes: tensor.nbytes,
             files: tensor.parts.iter().map(|part| checkpoint.files()[part.file].name.clone()).collect(),
             mxfp4: None,
+            float8: None,
             stats: None,
         })
         .collect();
     for pair in pairs {
         tensors[pair.blocks].mxfp4 = Some("blocks");
         tensors[pair.scales].mxfp4 = Some("scales");
+    }
+    for (weight, scales) in float8::pairs_of_any_size(&candidates(checkpoint)) {
+        tensors[weight].float8 = Some("weight");
+        tensors[scales].float8 = Some("scales");
     }
     Inspection {
         path: checkpoint.root().to_path_buf(),
@@ -129,8 +137,11 @@ pub fn add_stats(
 }
 
 fn pairs(checkpoint: &Checkpoint) -> Vec<mxfp4::Pair> {
-    let tensors: Vec<_> = checkpoint.tensors().iter().map(|tensor| tensor.candidate(checkpoint.root())).collect();
-    mxfp4::pair(&tensors).pairs
+    mxfp4::pair(&candidates(checkpoint)).pairs
+}
+
+fn candidates(checkpoint: &Checkpoint) -> Vec<mxfp4::Candidate<'_>> {
+    checkpoint.tensors().iter().map(|tensor| tensor.candidate(checkpoint.root())).collect()
 }
 
 /// A plan that reads a tensor as it is.
@@ -199,6 +210,11 @@ impl Inspection {
     pub fn to_table(&self) -> String {
         let has_stats = self.tensors.iter().any(|tensor| tensor.stats.is_some());
         let mut header = vec!["name", "dtype", "shape", "size", "file", "mxfp4"];
+        // Few checkpoints have such weights.
+        let has_float8 = self.tensors.iter().any(|tensor| tensor.float8.is_some());
+        if has_float8 {
+            header.push("float8");
+        }
         if has_stats {
             header.extend(["min", "max", "mean", "std", "nan", "inf"]);
         }
@@ -216,6 +232,9 @@ impl Inspection {
                 one_line(&file),
                 tensor.mxfp4.unwrap_or("").to_owned(),
             ];
+            if has_float8 {
+                row.push(tensor.float8.unwrap_or("").to_owned());
+            }
             if let Some(stats) = &tensor.stats {
                 let number = |value: Option<f64>| value.map_or_else(|| "-".into(), |value| format!("{value:.4e}"));
                 row.extend([stats.min, stats.max, stats.mean, stats.std].map(number));
@@ -239,7 +258,7 @@ impl Inspection {
         }
         writeln!(
             text,
-            "\n{} tensors, {} in {}\n{} parameters ({} stored elements, MXFP4 scales included)",
+            "\n{} tensors, {} in {}\n{} parameters ({} stored elements, scales included)",
             self.total_tensors,
             human_bytes(self.total_bytes),
             self.path.display(),

@@ -3,7 +3,7 @@
 //!
 //! | module | what it knows |
 //! |---|---|
-//! | [`dtype`], [`cast`], [`mxfp4`] | dtypes, float casts with counts, the MXFP4 codec (pure) |
+//! | [`dtype`], [`cast`], [`mxfp4`], [`float8`] | dtypes, float casts with counts, the MXFP4 codec, float8 with block scales (pure) |
 //! | [`header`], [`index`], [`checkpoint`], [`mapping`] | untrusted files in, validated named tensors out |
 //! | [`options`], [`plan`], [`names`], [`select`], [`output`] | what a conversion will write, and where (pure) |
 //! | [`mod@convert`], [`transform`], [`work`], [`journal`], [`side_files`] | doing it: parallel, bounded, resumable |
@@ -26,6 +26,7 @@ pub mod error;
 mod exact_sum;
 pub mod ffi;
 pub mod file;
+pub mod float8;
 pub mod header;
 pub mod index;
 pub mod input;
@@ -35,6 +36,7 @@ pub mod kernels;
 pub mod load;
 pub mod manifest;
 pub mod mapping;
+pub mod model_config;
 pub mod mxfp4;
 pub mod names;
 pub mod options;

@@ -12,6 +12,7 @@ use crate::cast::{self, Counts, OnOverflow, Target};
 use crate::checkpoint::{Checkpoint, TensorSpec};
 use crate::dtype::{self, Dtype};
 use crate::error::{Error, Result};
+use crate::float8;
 use crate::mxfp4::{self, MX_BLOCK_SIZE};
 use crate::progress::{Observer, Phase, Progress};
 use crate::region::{self, Region, Runs};
@@ -38,7 +39,7 @@ const SHARED_ARENA_BYTES: u64 = 16 << 20;
 pub enum Conversion {
     /// Its bytes as they are.
     None,
-    /// F64, F32, F16 and BF16 to this dtype; MXFP4 pairs are decoded to it.
+    /// F64, F32, F16 and BF16 to this dtype; MXFP4 pairs, and float8 weights with their scales, are decoded to it.
     Float(Target),
     /// 64-bit integers to 32 bits.
     Narrow,
@@ -64,7 +65,7 @@ impl Conversion {
     }
 }
 
-/// One tensor, or one MXFP4 pair, and the regions of it to read.
+/// One tensor, or one pair that is decoded, and the regions of it to read.
 #[derive(Debug, Clone)]
 pub struct Request {
     /// Name for messages.
@@ -78,7 +79,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// A request for `regions` of a tensor; of blocks and scales together if there are two names.
+    /// A request for `regions` of a tensor; of blocks or a float8 weight and its scales together if there are two names.
     pub fn new(
         checkpoint: &Checkpoint,
         names: &[String],
@@ -96,8 +97,11 @@ impl Request {
         let specs: Vec<_> = sources.iter().map(|&source| &checkpoint.tensors()[source]).collect();
         let (shape, dtype, transform) = match specs[..] {
             [tensor] => plain(checkpoint, tensor, conversion)?,
+            [weight, scales] if scales.name.ends_with(float8::SCALES_SUFFIX) => {
+                decoded_float8(checkpoint, weight, scales, conversion)?
+            }
             [blocks, scales] => decoded(checkpoint, blocks, scales, conversion)?,
-            _ => return Err(refuse(names, "one tensor, or blocks and scales")),
+            _ => return Err(refuse(names, "one tensor, or one and its scales")),
         };
         let is_within = |region: &Region| {
             region.len() == shape.len()
@@ -119,7 +123,7 @@ impl Request {
     fn unit(&self) -> (u64, u64) {
         match self.transform {
             Transform::Copy => (1, self.element_bytes()),
-            Transform::Cast { .. } | Transform::Narrow { .. } => (1, 1),
+            Transform::Cast { .. } | Transform::Narrow { .. } | Transform::DequantizeFloat8 { .. } => (1, 1),
             Transform::Dequantize { .. } => (MX_BLOCK_SIZE as u64, 1),
             Transform::Unpack => (2, 1),
             Transform::QuantizeBlocks { .. } | Transform::QuantizeScales { .. } => {
@@ -161,6 +165,25 @@ fn decoded(
         (Conversion::Float(to), Some(pair)) => Ok((pair.shape, to.dtype(), Transform::Dequantize { to })),
         _ => Err(pairing.misfits.pop().map_or_else(
             || refuse(&[blocks.name.clone(), scales.name.clone()], "blocks and scales of one MXFP4 tensor"),
+            |misfit| misfit.fault,
+        )),
+    }
+}
+
+fn decoded_float8(
+    checkpoint: &Checkpoint,
+    weight: &TensorSpec,
+    scales: &TensorSpec,
+    conversion: Conversion,
+) -> Result<(Vec<u64>, Dtype, Transform)> {
+    let candidates = [weight, scales].map(|tensor| tensor.candidate(checkpoint.path_of(tensor)));
+    let mut pairing = float8::pair(&candidates, checkpoint.float8_size()?);
+    match (conversion, pairing.pairs.pop()) {
+        (Conversion::Float(to), Some(float8::Pair { weight: 0, blocks, .. })) => {
+            Ok((weight.shape.clone(), to.dtype(), Transform::DequantizeFloat8 { to, blocks }))
+        }
+        _ => Err(pairing.misfits.pop().map_or_else(
+            || refuse(&[weight.name.clone(), scales.name.clone()], "a float8 weight and its scales"),
             |misfit| misfit.fault,
         )),
     }

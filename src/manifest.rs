@@ -44,9 +44,9 @@ pub struct Manifest {
     pub options: Options,
     /// Number of tensors.
     pub total_tensors: u64,
-    /// Number of parameters; MXFP4 values count once, their scales do not.
+    /// Number of parameters; MXFP4 values count once, scales do not.
     pub total_parameters: u64,
-    /// Number of parameters and MXFP4 scales: what model hubs show.
+    /// Number of parameters and scales: what model hubs show.
     pub stored_elements: u64,
     /// Bytes of tensor data.
     pub total_bytes: u64,

@@ -18,6 +18,9 @@ pub struct Options {
     pub precision: Precision,
     /// What becomes of MXFP4 pairs, or what becomes one.
     pub mxfp4: Mxfp4Mode,
+    /// What becomes of float8 weights with block scales.
+    #[serde(default, skip_serializing_if = "Float8Mode::is_keep")]
+    pub float8: Float8Mode,
     /// Globs of the float matrices to encode; [`Mxfp4Mode::Quantize`] alone takes them, and needs them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantize: Option<Vec<String>>,
@@ -40,6 +43,7 @@ impl Default for Options {
             format: Format::NumpyDirect,
             precision: Precision::Source,
             mxfp4: Mxfp4Mode::Keep,
+            float8: Float8Mode::Keep,
             quantize: None,
             scale_rule: None,
             shard_size: 1.8,
@@ -180,4 +184,24 @@ pub enum Mxfp4Mode {
     Dequantize,
     /// Float matrices that globs choose become pairs; pairs stay.
     Quantize,
+}
+
+/// What becomes of float8 weights with block scales.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[value(rename_all = "lowercase")]
+pub enum Float8Mode {
+    /// Weights and scales stay two tensors.
+    #[default]
+    Keep,
+    /// Each pair becomes one float tensor with the name of the weight.
+    Dequantize,
+}
+
+impl Float8Mode {
+    /// True for [`Float8Mode::Keep`], which manifests do not state.
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes references")]
+    fn is_keep(&self) -> bool {
+        *self == Self::Keep
+    }
 }

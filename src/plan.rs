@@ -7,12 +7,13 @@ use std::path::Path;
 use safetensors::Dtype;
 
 use crate::cast::{self, Target};
-use crate::checkpoint::TensorSpec;
+use crate::checkpoint::{Checkpoint, TensorSpec};
 use crate::dtype;
 use crate::error::{Error, Result};
+use crate::float8::{self, BlockSize};
 use crate::header;
 use crate::mxfp4::{self, BLOCK_BYTES, BLOCKS_SUFFIX, Candidate, MX_BLOCK_SIZE, Pair, SCALES_SUFFIX};
-use crate::options::{Format, Mxfp4Mode, Options, Quantization};
+use crate::options::{Float8Mode, Format, Mxfp4Mode, Options, Quantization};
 use crate::ordered_map::OrderedMap;
 use crate::output::{Extent, FileLayout, PlacedFile, Placement, Tensor};
 use crate::select::Selection;
@@ -27,9 +28,9 @@ pub struct Plan {
     pub files: Vec<PlannedFile>,
     /// Shards: name and the range of `files` in it.
     pub shards: Vec<(String, Range<usize>)>,
-    /// Parameters: MXFP4 values count once, their scales do not.
+    /// Parameters: MXFP4 values count once, scales do not.
     pub total_parameters: u64,
-    /// Parameters and the MXFP4 scales that the output still has.
+    /// Parameters and the scales that the output still has.
     pub stored_elements: u64,
     /// What the user should know before the job runs.
     pub warnings: Vec<String>,
@@ -142,39 +143,36 @@ impl PlannedFile {
     }
 }
 
+/// Plans the conversion of a checkpoint.
+pub fn of_checkpoint(checkpoint: &Checkpoint, options: &Options) -> Result<Plan> {
+    let float8_size = match options.float8 {
+        Float8Mode::Keep => BlockSize::default(),
+        Float8Mode::Dequantize => checkpoint.float8_size()?,
+    };
+    let path_of = |tensor| checkpoint.path_of(tensor);
+    plan(checkpoint.tensors(), path_of, checkpoint.metadata(), float8_size, options)
+}
+
 /// Plans the conversion of a checkpoint's `tensors`; `path_of` names the file of a tensor, for messages, and `metadata` is
-/// the checkpoint's.
+/// the checkpoint's. `float8_size` is that of the checkpoint's float8 blocks.
 pub fn plan<'a>(
     tensors: &'a [TensorSpec],
     path_of: impl Fn(&'a TensorSpec) -> &'a Path,
     metadata: &OrderedMap<String>,
+    float8_size: BlockSize,
     options: &Options,
 ) -> Result<Plan> {
     let shard_bytes = options.shard_bytes()?;
     let selection = Selection::new(options.include.as_deref(), options.exclude.as_deref())?;
     let quantization = options.quantization()?;
     let candidates: Vec<_> = tensors.iter().map(|tensor| tensor.candidate(path_of(tensor))).collect();
-    let mut planned = match options.mxfp4 {
-        Mxfp4Mode::Keep | Mxfp4Mode::Quantize => plain_tensors(&candidates, options, &selection, &HashSet::new())?,
-        Mxfp4Mode::Dequantize => {
-            let pairing = mxfp4::pair(&candidates);
-            // A misfit has two names, like a pair: leaving out either leaves it out.
-            let mut halves: HashSet<usize> = pairing.pairs.iter().flat_map(|pair| [pair.blocks, pair.scales]).collect();
-            for misfit in pairing.misfits {
-                if selection.takes(&misfit.name) && selection.takes(&tensors[misfit.index].name) {
-                    return Err(misfit.fault);
-                }
-                halves.insert(misfit.index);
-            }
-            let mut planned = plain_tensors(&candidates, options, &selection, &halves)?;
-            for pair in pairing.pairs.iter().filter(|pair| selection.takes(&pair.name)) {
-                planned.push((pair.blocks, dequantized(pair, &candidates, options)?));
-            }
-            planned.sort_by_key(|(position, _)| *position);
-            refuse_duplicate_names(&planned, &candidates, "one tensor of this name after MXFP4 blocks are decoded")?;
-            planned
-        }
-    };
+    let Decoded { mut planned, halves } = decoded(&candidates, float8_size, options, &selection)?;
+    let decodes = !planned.is_empty();
+    planned.extend(plain_tensors(&candidates, options, &selection, &halves)?);
+    planned.sort_by_key(|(position, _)| *position);
+    if decodes {
+        refuse_duplicate_names(&planned, &candidates, "one tensor of this name after pairs are decoded")?;
+    }
     if planned.is_empty() && !tensors.is_empty() {
         return Err(Error::Mapping {
             found: format!("{} tensors, none of them selected", tensors.len()),
@@ -240,6 +238,53 @@ fn patterns(globs: Option<&[String]>) -> String {
     globs.map_or_else(|| "(not given)".into(), |globs| format!("{globs:?}"))
 }
 
+/// What becomes of pairs that are decoded.
+struct Decoded {
+    /// The selected decoded tensors, each with its position in the source.
+    planned: Vec<(usize, PlannedTensor)>,
+    /// The source tensors that are no tensors of their own any more.
+    halves: HashSet<usize>,
+}
+
+/// The pairs that `options` decode.
+fn decoded(
+    candidates: &[Candidate<'_>],
+    float8_size: BlockSize,
+    options: &Options,
+    selection: &Selection,
+) -> Result<Decoded> {
+    let (mut planned, mut halves) = (Vec::new(), HashSet::new());
+    // A misfit has two names, like a pair: leaving out either leaves it out.
+    let refuse = |name: &str, index: usize, fault: Error| {
+        if selection.takes(name) && selection.takes(candidates[index].name) { Err(fault) } else { Ok(index) }
+    };
+    if options.mxfp4 == Mxfp4Mode::Dequantize {
+        let pairing = mxfp4::pair(candidates);
+        for misfit in pairing.misfits {
+            halves.insert(refuse(&misfit.name, misfit.index, misfit.fault)?);
+        }
+        for pair in pairing.pairs {
+            halves.extend([pair.blocks, pair.scales]);
+            if selection.takes(&pair.name) {
+                planned.push((pair.blocks, dequantized(&pair, candidates, options)?));
+            }
+        }
+    }
+    if options.float8 == Float8Mode::Dequantize {
+        let pairing = float8::pair(candidates, float8_size);
+        for misfit in pairing.misfits {
+            halves.insert(refuse(&misfit.name, misfit.index, misfit.fault)?);
+        }
+        for pair in pairing.pairs {
+            halves.extend([pair.weight, pair.scales]);
+            if selection.takes(candidates[pair.weight].name) {
+                planned.push((pair.weight, dequantized_float8(&pair, candidates, options)?));
+            }
+        }
+    }
+    Ok(Decoded { planned, halves })
+}
+
 /// The selected tensors outside `halves`, copied or cast, each with its position in the source.
 fn plain_tensors(
     tensors: &[Candidate<'_>],
@@ -290,6 +335,22 @@ fn dequantized(pair: &Pair, candidates: &[Candidate<'_>], options: &Options) -> 
         nbytes,
         transform,
         sources: vec![pair.blocks, pair.scales],
+        pieces: Vec::new(),
+    })
+}
+
+/// One decoded float8 weight. `source` precision means bfloat16, which models with such weights are trained in.
+fn dequantized_float8(pair: &float8::Pair, candidates: &[Candidate<'_>], options: &Options) -> Result<PlannedTensor> {
+    let to = options.precision.target().unwrap_or(Target::Bf16);
+    let weight = &candidates[pair.weight];
+    Ok(PlannedTensor {
+        name: weight.name.to_owned(),
+        dtype: to.dtype(),
+        source_dtype: dtype::name(weight.dtype),
+        shape: weight.shape.to_vec(),
+        nbytes: header::tensor_nbytes(weight.path, weight.name, to.dtype(), weight.shape)?,
+        transform: Transform::DequantizeFloat8 { to, blocks: pair.blocks },
+        sources: vec![pair.weight, pair.scales],
         pieces: Vec::new(),
     })
 }

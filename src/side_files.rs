@@ -14,14 +14,12 @@ use crate::error::{Error, Result};
 use crate::file;
 use crate::journal::JOURNAL_NAME;
 use crate::manifest::{self, MANIFEST_NAME, SideFileInfo, SideFileOrigin};
+use crate::model_config::{self, CONFIG_NAME, QUANTIZATION_KEY};
 use crate::mxfp4;
-use crate::options::{Mxfp4Mode, Options};
+use crate::options::Options;
 use crate::ordered_map::OrderedMap;
 use crate::plan::{self, Plan};
 use crate::transform::Transform;
-
-/// The model's configuration, which names dtypes.
-const CONFIG_NAME: &str = "config.json";
 
 /// Names of our own that a source's file may not take.
 const OWN_NAMES: [&str; 3] = [MANIFEST_NAME, JOURNAL_NAME, "load_params.py"];
@@ -34,9 +32,6 @@ const COPIED_PREFIXES: [&str; 3] = ["LICENSE", "NOTICE", "USAGE_POLICY"];
 
 /// Longest name of a copied file: the temporary suffix fits behind it.
 const MAX_NAME_BYTES: usize = 240;
-
-/// Largest configuration that is corrected.
-const MAX_CONFIG_BYTES: u64 = 100_000_000;
 
 /// One file to be written beside the tensors.
 #[derive(Debug)]
@@ -133,18 +128,16 @@ fn is_copied(name: &str) -> bool {
 
 /// config.json with the quantization that is there and the dtype that is new; None when it still holds.
 fn corrected_config(path: &Path, plan: &Plan, options: &Options) -> Result<Option<Vec<u8>>> {
-    let is_dequantized = options.mxfp4 == Mxfp4Mode::Dequantize
-        && plan.tensors.iter().any(|tensor| matches!(tensor.transform, Transform::Dequantize { .. }));
+    let is_decode = |transform| matches!(transform, Transform::Dequantize { .. } | Transform::DequantizeFloat8 { .. });
+    let is_dequantized = plan.tensors.iter().any(|tensor| is_decode(tensor.transform));
     let is_encoded = plan.tensors.iter().any(|tensor| tensor.transform.encodes_blocks());
     let has_casts = plan.tensors.iter().any(|tensor| matches!(tensor.transform, Transform::Cast { .. }));
     if !is_dequantized && !is_encoded && !has_casts {
         return Ok(None);
     }
-    let bytes = file::read_bounded(path, MAX_CONFIG_BYTES)?;
     // Raw values: what is not edited stays as it is written, to the last digit.
-    let text = String::from_utf8_lossy(&bytes);
-    let mut config: RawObject = serde_json::from_str(&quote_constants(&text))
-        .map_err(|fault| Error::file(path, fault, "a model configuration: a JSON object"))?;
+    let mut config: RawObject =
+        serde_json::from_str(&model_config::read(path)?).map_err(|what| model_config::fault(path, what))?;
     if is_dequantized {
         config.0.retain(|(key, _)| key != QUANTIZATION_KEY);
     }
@@ -163,7 +156,7 @@ fn corrected_config(path: &Path, plan: &Plan, options: &Options) -> Result<Optio
     }
     let mut text = serde_json::to_string_pretty(&config).expect("a JSON object serializes");
     text.push('\n');
-    Ok(Some(unquote_constants(&text).into_bytes()))
+    Ok(Some(model_config::unquote_constants(&text).into_bytes()))
 }
 
 /// A JSON object whose values are kept as they are written.
@@ -172,9 +165,6 @@ type RawObject = OrderedMap<Box<RawValue>>;
 fn raw(value: &impl Serialize) -> Box<RawValue> {
     serde_json::value::to_raw_value(value).expect("JSON serializes")
 }
-
-/// The key of a configuration that says how the weights are quantized.
-const QUANTIZATION_KEY: &str = "quantization_config";
 
 /// Says that the weights are MXFP4, and which are not, as Hugging Face does.
 fn set_quantization(path: &Path, config: &mut RawObject, plan: &Plan) -> Result<()> {
@@ -246,40 +236,6 @@ fn correct_dtype(config: &mut RawObject, dtype: &RawValue) -> bool {
     is_named
 }
 
-/// Constants that Python's json writes and JSON does not know, longest first.
-const CONSTANTS: [&str; 3] = ["-Infinity", "Infinity", "NaN"];
-
-/// What a constant is quoted with; a control character, which no JSON text holds as such.
-const QUOTE: &str = "\\u0000tensorport ";
-
-/// The text with the constants outside strings as strings, so that it is JSON.
-fn quote_constants(text: &str) -> String {
-    let (mut quoted, mut rest) = (String::with_capacity(text.len()), text);
-    let mut in_string = false;
-    while let Some(c) = rest.chars().next() {
-        let constant = CONSTANTS.iter().find(|constant| !in_string && rest.starts_with(**constant));
-        let taken = if let Some(constant) = constant {
-            quoted += &format!("\"{QUOTE}{constant}\"");
-            constant.len()
-        } else if in_string && c == '\\' {
-            let escape = rest.chars().take(2).map(char::len_utf8).sum();
-            quoted.push_str(&rest[..escape]);
-            escape
-        } else {
-            in_string ^= c == '"';
-            quoted.push(c);
-            c.len_utf8()
-        };
-        rest = &rest[taken..];
-    }
-    quoted
-}
-
-/// Undoes [`quote_constants`].
-fn unquote_constants(text: &str) -> String {
-    CONSTANTS.iter().fold(text.to_owned(), |text, constant| text.replace(&format!("\"{QUOTE}{constant}\""), constant))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -290,14 +246,5 @@ mod tests {
         for name in ["", ".", "a", "a.b1.2c", "v.١", "-1.+2"] {
             assert_eq!(any_layer(name), name);
         }
-    }
-
-    #[test]
-    fn python_constants_survive() {
-        let text = r#"{"a": [0.0, Infinity, -Infinity], "b": "NaN \" Infinity", "c": NaN}"#;
-        let quoted = quote_constants(text);
-        let parsed: RawObject = serde_json::from_str(&quoted).unwrap();
-        assert_eq!(parsed.0.len(), 3);
-        assert_eq!(unquote_constants(&quoted), text);
     }
 }

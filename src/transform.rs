@@ -9,6 +9,7 @@ use crate::cast::{self, Counts, OnOverflow, Target};
 use crate::checkpoint::{Checkpoint, TensorSpec};
 use crate::error::{Error, Result};
 use crate::file;
+use crate::float8::{self, Blocks, Scales, Stretch};
 use crate::mxfp4::{self, BLOCK_BYTES, DecodeTable, ErrorSums, MX_BLOCK_SIZE, ScaleRule};
 
 /// How source bytes become output bytes. Work is divided in units: the smallest stretch that can be done alone.
@@ -27,6 +28,13 @@ pub enum Transform {
     Dequantize {
         /// Target dtype.
         to: Target,
+    },
+    /// float8 weights and the scales of their blocks to floats; a unit is an element.
+    DequantizeFloat8 {
+        /// Target dtype.
+        to: Target,
+        /// Where the scales stand.
+        blocks: Blocks,
     },
     /// Floats to MXFP4 blocks; a unit is a block of 32 values.
     QuantizeBlocks {
@@ -52,11 +60,11 @@ pub enum Transform {
 }
 
 impl Transform {
-    /// Bytes of a unit in each source tensor.
+    /// Bytes of a unit in each source tensor; the scales of float8 blocks have no units.
     #[must_use]
     pub fn source_unit_bytes(self) -> &'static [u64] {
         match self {
-            Self::Copy | Self::Unpack => &[1],
+            Self::Copy | Self::Unpack | Self::DequantizeFloat8 { .. } => &[1],
             Self::Cast { from: Dtype::F64, .. } | Self::Narrow { .. } => &[8],
             Self::Cast { from: Dtype::F32, .. } => &[4],
             Self::Cast { .. } => &[2],
@@ -75,7 +83,7 @@ impl Transform {
         let element = |to: Target| to.dtype().bitsize() as u64 / 8;
         match self {
             Self::Copy | Self::QuantizeScales { .. } => 1,
-            Self::Cast { to, .. } => element(to),
+            Self::Cast { to, .. } | Self::DequantizeFloat8 { to, .. } => element(to),
             Self::Dequantize { to } => element(to) * MX_BLOCK_SIZE as u64,
             Self::QuantizeBlocks { .. } => BLOCK_BYTES as u64,
             Self::Narrow { .. } => 4,
@@ -105,6 +113,23 @@ impl Transform {
             _ => self.source_unit_bytes().iter().sum::<u64>() + self.dropped_unit_bytes(),
         }
     }
+
+    /// Bytes of a unit in what a producer keeps beside its buffer.
+    fn kept_unit_bytes(self) -> u64 {
+        match self {
+            Self::DequantizeFloat8 { blocks, .. } => blocks.scale_bytes_per_value(),
+            _ => 0,
+        }
+    }
+}
+
+/// Scales of float8 blocks that were read last.
+#[derive(Debug, Default)]
+struct KeptScales {
+    /// The tensor that they are of; None where nothing was read.
+    source: Option<usize>,
+    scales: Range<u64>,
+    bytes: Vec<u8>,
 }
 
 /// Makes the output bytes of tensors; one per worker.
@@ -116,6 +141,7 @@ pub struct Producer<'a> {
     checkpoint: &'a Checkpoint,
     on_overflow: OnOverflow,
     decode_table: Option<(Target, DecodeTable)>,
+    float8_scales: KeptScales,
     /// The file read last from each of a transform's sources.
     handles: [Option<(usize, File)>; 2],
     buffer: Vec<u8>,
@@ -132,6 +158,7 @@ impl<'a> Producer<'a> {
             checkpoint,
             on_overflow,
             decode_table: None,
+            float8_scales: KeptScales::default(),
             handles: [None, None],
             buffer: Vec::new(),
             output_bytes: 0,
@@ -190,7 +217,7 @@ impl<'a> Producer<'a> {
         out: &mut [u8],
         inputs: &mut [u8],
     ) -> Result<Counts> {
-        let specs = self.checkpoint.tensors();
+        let (specs, on_overflow) = (self.checkpoint.tensors(), self.on_overflow);
         let unit_bytes = transform.source_unit_bytes();
         let stretch_bytes = |source: usize| buffer_bytes((units.end - units.start) * unit_bytes[source]);
         let dropped_bytes = buffer_bytes((units.end - units.start) * transform.dropped_unit_bytes());
@@ -202,7 +229,7 @@ impl<'a> Producer<'a> {
         self.read(&specs[sources[0]], 0, units.start * unit_bytes[0], first)?;
         match transform {
             Transform::Copy => unreachable!("done above"),
-            Transform::Cast { from, to } => Ok(cast::cast(from, to, first, out, self.on_overflow)),
+            Transform::Cast { from, to } => Ok(cast::cast(from, to, first, out, on_overflow)),
             Transform::Narrow { from } => Ok(cast::narrow(from, first, out)),
             Transform::Unpack => {
                 mxfp4::unpack(first, out);
@@ -213,10 +240,24 @@ impl<'a> Producer<'a> {
                 self.read(&specs[sources[1]], 1, units.start * unit_bytes[1], scales)?;
                 let table = match self.decode_table.take() {
                     Some((target, table)) if target == to => table,
-                    _ => DecodeTable::new(to, self.on_overflow),
+                    _ => DecodeTable::new(to, on_overflow),
                 };
                 let counts = table.decode(first, scales, out);
                 self.decode_table = Some((to, table));
+                Ok(counts)
+            }
+            Transform::DequantizeFloat8 { to, blocks } => {
+                let element_bytes = transform.output_unit_bytes();
+                let (mut codes, mut out, mut counts) = (&*first, out, Counts::default());
+                for stretch in blocks.stretches(units.clone()) {
+                    let length = stretch.values.end - stretch.values.start;
+                    let (codes_now, later_codes) = codes.split_at(buffer_bytes(length));
+                    let (out_now, later_out) = out.split_at_mut(buffer_bytes(length * element_bytes));
+                    let scales = self.scales(sources[1], blocks.scale_dtype.nbytes(), &stretch)?;
+                    let first = stretch.values.start;
+                    counts.merge(float8::decode(blocks, to, first, codes_now, scales, out_now, on_overflow));
+                    (codes, out) = (later_codes, later_out);
+                }
                 Ok(counts)
             }
             Transform::QuantizeBlocks { from, rule } => {
@@ -230,6 +271,23 @@ impl<'a> Producer<'a> {
                 Ok(Counts::default())
             }
         }
+    }
+
+    /// The scales of a stretch of float8 values: those read last, where these are among them. The runs of a region come row
+    /// by row, and many rows share their scales.
+    fn scales(&mut self, source: usize, scale_bytes: u64, stretch: &Stretch) -> Result<Scales<'_>> {
+        let wanted = &stretch.scales;
+        let mut kept = std::mem::take(&mut self.float8_scales);
+        if kept.source != Some(source) || wanted.start < kept.scales.start || wanted.end > kept.scales.end {
+            let nbytes = buffer_bytes((wanted.end - wanted.start) * scale_bytes);
+            kept.source = None;
+            grow(&mut kept.bytes, nbytes)?;
+            let specs = self.checkpoint.tensors();
+            self.read(&specs[source], 1, wanted.start * scale_bytes, &mut kept.bytes[..nbytes])?;
+            (kept.source, kept.scales) = (Some(source), wanted.clone());
+        }
+        self.float8_scales = kept;
+        Ok(Scales { first: self.float8_scales.scales.start, bytes: &self.float8_scales.bytes })
     }
 
     /// Fills `out` from a tensor's data, across its parts.
@@ -286,5 +344,6 @@ pub(crate) fn grow(buffer: &mut Vec<u8>, nbytes: usize) -> Result<()> {
 /// Units per chunk, so that the inputs and the output of a chunk fit in a worker's memory.
 #[must_use]
 pub fn chunk_units(transform: Transform, worker_bytes: u64) -> u64 {
-    (worker_bytes / (transform.input_unit_bytes() + transform.output_unit_bytes())).max(1)
+    let unit_bytes = transform.input_unit_bytes() + transform.kept_unit_bytes() + transform.output_unit_bytes();
+    (worker_bytes / unit_bytes).max(1)
 }

@@ -124,10 +124,7 @@ pub fn verify(
         Err(fault) => return Err(fault),
     };
     let checkpoint = source.map(Checkpoint::open).transpose()?;
-    let plan = checkpoint.as_ref().map(|checkpoint| {
-        let path_of = |tensor| checkpoint.path_of(tensor);
-        plan::plan(checkpoint.tensors(), path_of, checkpoint.metadata(), &manifest.options)
-    });
+    let plan = checkpoint.as_ref().map(|checkpoint| plan::of_checkpoint(checkpoint, &manifest.options));
     let (plan, options_fault) = match plan.transpose() {
         Ok(plan) => (plan, None),
         // The arguments that do not hold are the manifest's.

@@ -52,7 +52,7 @@ class Arrivals:
 class Memory:
     def __new__(cls) -> Memory: ...
 
-# names of one tensor, or of blocks and scales; the conversion's name; regions as (start, stop) for each axis
+# names of one tensor, or of one and its scales; the conversion's name; regions as (start, stop) for each axis
 _Request = tuple[list[str], str, list[list[tuple[int, int]]]]
 
 @final
@@ -63,6 +63,7 @@ class Checkpoint:
     def view(self, name: str) -> list[NDArray[np.uint8]]: ...
     def parts(self, name: str) -> list[tuple[int, int, int, bool]]: ...
     def pairs(self) -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]: ...
+    def float8_pairs(self) -> tuple[list[tuple[str, str]], list[tuple[str, str, str]]]: ...
     def read(
         self,
         requests: Sequence[_Request],

@@ -100,12 +100,12 @@ class Checkpoint(Mapping[str, NDArray[Any]]):
 
     @property
     def total_parameters(self) -> int:
-        """Number of parameters; MXFP4 values count once, their scales do not."""
+        """Number of parameters; MXFP4 values count once, scales do not."""
         return self._core.total_parameters
 
     @property
     def stored_elements(self) -> int:
-        """Parameters and MXFP4 scales: the number that model hubs show."""
+        """Parameters and scales: the number that model hubs show."""
         return self._core.stored_elements
 
     @property
@@ -132,9 +132,9 @@ def open(source: str | os.PathLike[str], *, progress: Progress = False) -> Check
 
     Args:
         source: a `.safetensors` file; a directory with an index (its files and no others) or without one (every
-            top-level `*.safetensors`); a directory that `convert` wrote; a `.msgpack` file by Flax or a `.pkl` file of arrays;
-            or a folder that Orbax saved a PyTree to (extra `orbax`). Symbolic links are followed. Where there is
-            no such path, a string `org/name[@revision][/subfolder]` is a repository's id on a hub (extra `hub`), of
+            top-level `*.safetensors`); a directory that `convert` wrote; a `.msgpack` file by Flax or a `.pkl` file of
+            arrays; or a folder that Orbax saved a PyTree to (extra `orbax`). Symbolic links are followed. Where there
+            is no such path, a string `org/name[@revision][/subfolder]` is a repository's id on a hub (extra `hub`), of
             which the files of the checkpoint are downloaded; `hf://` before it forces that reading.
         progress: of a download: False, True for a bar, or a callable that gets a :class:`ProgressEvent`.
 

@@ -26,6 +26,7 @@ _FORMATS = {
 }
 _PRECISIONS = ("source", "float16", "bfloat16", "float32")
 _MXFP4_MODES = ("keep", "dequantize", "quantize")
+_FLOAT8_MODES = ("keep", "dequantize")
 _SCALE_RULES = ("floor", "ceil", "nearest")
 _ON_OVERFLOW = ("error", "warn", "saturate")
 
@@ -39,6 +40,7 @@ def convert(
     ] = "numpy-direct",
     precision: Literal["source", "float16", "bfloat16", "float32"] = "source",
     mxfp4: Literal["keep", "dequantize", "quantize"] = "keep",
+    float8: Literal["keep", "dequantize"] = "keep",
     quantize: str | Sequence[str] | None = None,
     scale_rule: Literal["floor", "ceil", "nearest"] | None = None,
     shard_size: float = 1.8,
@@ -70,6 +72,10 @@ def convert(
             [..., rows, 32 * groups] of each pair, in `precision` (`source` means bfloat16); `quantize` makes a pair,
             `X_blocks` [..., rows, K / 32, 16] and `X_scales` [..., rows, K / 32], of each matrix X [..., rows, K] that
             `quantize` chooses, from the values of the source, and keeps pairs.
+        float8: `keep` leaves weights X of dtype float8_e4m3fn and their scales, `X_scale_inv`, as two tensors;
+            `dequantize` makes one tensor X [..., N, K] of both, in `precision` (`source` means bfloat16): each value
+            times the scale of its block, rounded once. Blocks are of `weight_block_size` in config.json's
+            `quantization_config`, else of 128 x 128.
         quantize: glob or globs on full tensor names, with `mxfp4="quantize"` alone. Of the tensors that match, float64,
             float32, float16 and bfloat16 ones of two or three dimensions are quantized. Those whose last axis is no
             multiple of 32 are kept, with a warning; tensors of other dtypes and dimensions are kept.
@@ -112,6 +118,7 @@ def convert(
         "format": _FORMATS[_choice("format", format, tuple(_FORMATS))],
         "precision": _choice("precision", precision, _PRECISIONS),
         "mxfp4": _choice("mxfp4", mxfp4, _MXFP4_MODES),
+        "float8": _choice("float8", float8, _FLOAT8_MODES),
         "quantize": _globs("quantize", quantize),
         "scale_rule": None if scale_rule is None else _choice("scale_rule", scale_rule, _SCALE_RULES),
         "shard_size": float(shard_size),

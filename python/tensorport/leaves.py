@@ -34,7 +34,7 @@ class ArraySource:
     """One jax.Array and where its values come from.
 
     Attributes:
-        names: the checkpoint's tensor; blocks and scales of an MXFP4 pair that is decoded.
+        names: the checkpoint's tensor; blocks, or a float8 weight, and scales where these are decoded.
         conversion: what happens on the way, in the extension module's words.
         shape: shape of the array.
         dtype: dtype of the array.
@@ -86,16 +86,17 @@ def find_leaves(
     *,
     dtype: np.dtype[Any] | None,
     mxfp4: str,
+    float8: str,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
 ) -> tuple[list[Leaf], list[str]]:
     """The leaves that a checkpoint's selected tensors become, in the checkpoint's order, and what the user should know.
 
     Raises:
-        CheckpointError: `mxfp4` is "dequantize" and half of a pair is missing or does not fit.
+        CheckpointError: `mxfp4` or `float8` is "dequantize" and half of a pair is missing or does not fit.
         MappingError: nothing is selected, two leaves have one name, or JAX has no such dtype.
     """
-    candidates = list(_candidates(checkpoint, dtype, mxfp4, include, exclude))
+    candidates = list(_candidates(checkpoint, dtype, mxfp4, float8, include, exclude))
     taken = _core.select([leaf.name for leaf in candidates], include, exclude)
     leaves = [leaf for leaf, is_taken in zip(candidates, taken, strict=True) if is_taken]
     if candidates and not leaves:
@@ -114,25 +115,32 @@ def find_leaves(
     return leaves, _narrowed(checkpoint, leaves, dtype)
 
 
-def _candidates(
+def _candidates(  # noqa: PLR0917 - what find_leaves hands on
     checkpoint: Checkpoint,
     dtype: np.dtype[Any] | None,
     mxfp4: str,
+    float8: str,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
 ) -> Iterator[Leaf]:
     """Every leaf that could be selected."""
     pairs, misfits = checkpoint._core.pairs() if mxfp4 != "raw" else ([], [])
+    float8_pairs, float8_misfits = checkpoint._core.float8_pairs() if float8 == "dequantize" else ([], [])
     blocks_to_pair = {blocks: (name, scales) for name, blocks, scales in pairs}
-    halves = {scales for _, _, scales in pairs}
-    if mxfp4 == "dequantize":
-        # A misfit has two names, like a pair: leaving out either leaves it out.
-        for name, pair_name, fault in misfits:
-            if all(_core.select([name, pair_name], include, exclude)):
-                raise CheckpointError(fault)
-            halves.add(name)
+    float8_scales = dict(float8_pairs)
+    halves = {scales for _, _, scales in pairs} | set(float8_scales.values())
+    # A misfit has two names, like a pair: leaving out either leaves it out.
+    for name, pair_name, fault in (misfits if mxfp4 == "dequantize" else []) + float8_misfits:
+        if all(_core.select([name, pair_name], include, exclude)):
+            raise CheckpointError(fault)
+        halves.add(name)
+    decoded_dtype = dtype or np.dtype(ml_dtypes.bfloat16)
     for name, spec in checkpoint.specs.items():
         if name in halves:
+            continue
+        if name in float8_scales:
+            names = (name, float8_scales[name])
+            yield Leaf(name, (ArraySource(names, decoded_dtype.name, spec.shape, decoded_dtype),))
             continue
         if name not in blocks_to_pair:
             yield Leaf(name, (_plain(spec, dtype),))
@@ -141,9 +149,8 @@ def _candidates(
         if mxfp4 == "keep":
             yield Leaf(pair_name, (_plain(spec, None), _plain(checkpoint.specs[scales], None)))
         else:
-            target = dtype or np.dtype(ml_dtypes.bfloat16)
             shape = (*spec.shape[:-2], spec.shape[-2] * MX_BLOCK_SIZE)
-            yield Leaf(pair_name, (ArraySource((name, scales), target.name, shape, target),))
+            yield Leaf(pair_name, (ArraySource((name, scales), decoded_dtype.name, shape, decoded_dtype),))
 
 
 def _plain(spec: TensorSpec, dtype: np.dtype[Any] | None) -> ArraySource:

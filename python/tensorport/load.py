@@ -45,6 +45,7 @@ def load_params(
     *,
     dtype: DTypeLike | None = ...,
     mxfp4: Literal["keep", "dequantize", "raw"] = ...,
+    float8: Literal["keep", "dequantize"] = ...,
     sharding: ShardingLike | None = ...,
     mesh: Mesh | None = ...,
     include: str | Sequence[str] | None = ...,
@@ -64,6 +65,7 @@ def load_params(
     *,
     dtype: DTypeLike | None = ...,
     mxfp4: Literal["keep", "dequantize", "raw"] = ...,
+    float8: Literal["keep", "dequantize"] = ...,
     sharding: ShardingLike | None = ...,
     mesh: Mesh | None = ...,
     include: str | Sequence[str] | None = ...,
@@ -82,6 +84,7 @@ def load_params(
     *,
     dtype: DTypeLike | None = None,
     mxfp4: Literal["keep", "dequantize", "raw"] = "keep",
+    float8: Literal["keep", "dequantize"] = "keep",
     sharding: ShardingLike | None = None,
     mesh: Mesh | None = None,
     include: str | Sequence[str] | None = None,
@@ -111,6 +114,10 @@ def load_params(
         mxfp4: what becomes of a pair of blocks and scales: `keep` makes it one :class:`tensorport.mxfp4.MXFP4Array`,
             `dequantize` one array [..., 32 * groups] in `dtype` (None means bfloat16), `raw` leaves two uint8 arrays.
             All but `raw` know the pair by the name of the decoded tensor.
+        float8: what becomes of a weight X of dtype float8_e4m3fn with scales `X_scale_inv` for its blocks: `keep`
+            leaves two arrays, `dequantize` makes one array X in `dtype` (None means bfloat16): each value times the
+            scale of its block, rounded once. Blocks are of `weight_block_size` in config.json's
+            `quantization_config`, else of 128 x 128.
         sharding: a Sharding, a device, a callable `(name, ShapeDtypeStruct) -> Sharding`, or a list of
             `(regex, PartitionSpec)` for `mesh`: the first that `re.search` finds in a leaf's name. Each process reads
             the bytes that its devices hold. None is JAX's default device, or what `target` says.
@@ -143,7 +150,9 @@ def load_params(
     """
     started = time.perf_counter()
     workers = _checked_options(on_overflow, workers, io)
-    plan = _plan(source, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested, progress=progress)
+    plan = _plan(
+        source, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested, float8=float8, progress=progress
+    )
     params, report = _run(plan, started, on_overflow, workers, io, progress)
     return (params, report) if return_report else params
 
@@ -212,6 +221,7 @@ def load_params_shapes(
     *,
     dtype: DTypeLike | None = None,
     mxfp4: Literal["keep", "dequantize", "raw"] = "keep",
+    float8: Literal["keep", "dequantize"] = "keep",
     sharding: ShardingLike | None = None,
     mesh: Mesh | None = None,
     include: str | Sequence[str] | None = None,
@@ -231,7 +241,9 @@ def load_params_shapes(
     """
     _checked_options(on_overflow, workers, io)
     with headers_source(source, progress) as headers:
-        plan = _plan(headers.path, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested)
+        plan = _plan(
+            headers.path, dtype, mxfp4, sharding, mesh, include, exclude, rename, target, nested, float8=float8
+        )
     for warning in plan.warnings:
         python_warnings.warn(warning, stacklevel=2)
     structs = [
@@ -280,6 +292,7 @@ def _plan(  # noqa: PLR0917 - what load_params and load_params_shapes hand on, i
     nested: bool,
     parts: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
     *,
+    float8: str = "keep",
     progress: Progress = False,
 ) -> _Plan:
     wanted_dtype = None if dtype is None else np.dtype(dtype)
@@ -288,11 +301,13 @@ def _plan(  # noqa: PLR0917 - what load_params and load_params_shapes hand on, i
             f"dtype: found {wanted_dtype.name}, expected float16, bfloat16 or float32, or None to keep all"
         )
     _choice("mxfp4", mxfp4, ("keep", "dequantize", "raw"))
+    _choice("float8", float8, ("keep", "dequantize"))
     checkpoint = Checkpoint(source, progress=progress)
     leaves, warnings = find_leaves(
         checkpoint,
         dtype=wanted_dtype,
         mxfp4=mxfp4,
+        float8=float8,
         include=_globs("include", include),
         exclude=_globs("exclude", exclude),
     )

@@ -73,9 +73,9 @@ class ConversionReport(_Report):
     Attributes:
         output: the output folder.
         options: the options that decide the bytes: format, precision, mxfp4, shard_size, include, exclude, on_overflow,
-            and with `mxfp4="quantize"` quantize and scale_rule.
+            with `mxfp4="quantize"` quantize and scale_rule, and float8 where it is "dequantize".
         total_tensors: tensors in the output.
-        total_parameters: parameters in the output; MXFP4 values count once, their scales do not.
+        total_parameters: parameters in the output; MXFP4 values count once, scales do not.
         total_bytes: bytes of tensor data in the output.
         total_files: files with tensor data.
         resumed_tensors: tensors that an earlier, interrupted run had finished.

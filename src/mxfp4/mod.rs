@@ -14,6 +14,7 @@ use safetensors::Dtype;
 
 use crate::dtype;
 use crate::error::{Error, Result};
+use crate::float8;
 
 pub use decode::DecodeTable;
 pub use encode::{ScaleRule, encode, encode_block, encode_with};
@@ -122,12 +123,14 @@ pub fn pair(tensors: &[Candidate<'_>]) -> Pairing {
     pairing
 }
 
-/// Parameters, and stored elements as model hubs show them: MXFP4 values count once in both, their scales in the second.
+/// Parameters, and stored elements as model hubs show them: MXFP4 values count once in both, scales (those of float8 blocks
+/// too) in the second.
 #[must_use]
 pub fn count_parameters(tensors: &[Candidate<'_>]) -> (u64, u64) {
     let pairs = pair(tensors).pairs;
     let blocks: HashSet<usize> = pairs.iter().map(|pair| pair.blocks).collect();
-    let scales: HashSet<usize> = pairs.iter().map(|pair| pair.scales).collect();
+    let mut scales: HashSet<usize> = pairs.iter().map(|pair| pair.scales).collect();
+    scales.extend(float8::pairs_of_any_size(tensors).into_iter().map(|(_, scales)| scales));
     let (mut parameters, mut stored) = (0u64, 0u64);
     for (index, tensor) in tensors.iter().enumerate() {
         let elements = dtype::checked_elements(tensor.shape).unwrap_or(0);

@@ -87,7 +87,13 @@ fn shared(arrivals: Py<PyArrivals>) -> Arc<Arrivals> {
 /// Names of the decoded tensor, of its blocks, of its scales.
 type PairTuple = (String, String, String);
 
-/// Names of one tensor, or of blocks and scales; the conversion's name; regions as (start, stop) for each axis.
+/// Names of a float8 weight and of its scales.
+type Float8Tuple = (String, String);
+
+/// A tensor that looks like half a pair: its name, that of the decoded tensor, what is wrong.
+type MisfitTuple = (String, String, String);
+
+/// Names of one tensor, or of one and its scales; the conversion's name; regions as (start, stop) for each axis.
 type RequestTuple = (Vec<String>, String, Vec<Vec<(u64, u64)>>);
 
 /// Bytes that left Rust.
@@ -139,13 +145,24 @@ impl PyCheckpoint {
 
     /// The MXFP4 pairs: name of the decoded tensor, of its blocks, of its scales. And the tensors that look like half a
     /// pair but are none: name, name that the decoded tensor would have, what is wrong.
-    fn pairs(&self) -> (Vec<PairTuple>, Vec<(String, String, String)>) {
+    fn pairs(&self) -> (Vec<PairTuple>, Vec<MisfitTuple>) {
         let name = |index: usize| self.inner.tensors()[index].name.clone();
         let pairing = self.inner.pairing();
         let pairs = pairing.pairs.into_iter().map(|pair| (pair.name, name(pair.blocks), name(pair.scales)));
         let misfits =
             pairing.misfits.into_iter().map(|misfit| (name(misfit.index), misfit.name, misfit.fault.to_string()));
         (pairs.collect(), misfits.collect())
+    }
+
+    /// The float8 weights with block scales: names of weights and of their scales. And the scales that fit no weight: name,
+    /// name that the decoded tensor would have, what is wrong.
+    fn float8_pairs(&self, py: Python<'_>) -> PyResult<(Vec<Float8Tuple>, Vec<MisfitTuple>)> {
+        let name = |index: usize| self.inner.tensors()[index].name.clone();
+        let pairing = py.detach(|| self.inner.float8_pairing())?;
+        let pairs = pairing.pairs.into_iter().map(|pair| (name(pair.weight), name(pair.scales)));
+        let misfits =
+            pairing.misfits.into_iter().map(|misfit| (name(misfit.index), misfit.name, misfit.fault.to_string()));
+        Ok((pairs.collect(), misfits.collect()))
     }
 
     /// Reads regions of tensors. Returns for each request its regions, how many values overflowed and how many became

@@ -7,6 +7,7 @@ mod cast;
 mod convert;
 mod encode;
 mod fixtures;
+mod float8;
 mod fuzz;
 mod header;
 mod kernels;

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use safetensors::Dtype;
 use tensorport::checkpoint::TensorSpec;
 use tensorport::dtype::{self, DTYPES};
+use tensorport::float8::BlockSize;
 use tensorport::options::{Format, Mxfp4Mode, Options, Precision};
 use tensorport::ordered_map::OrderedMap;
 use tensorport::output::{Content, FileLayout, Member, Tensor};
@@ -27,7 +28,7 @@ fn metadata() -> OrderedMap<String> {
 }
 
 fn planned(tensors: &[TensorSpec], options: &Options) -> Result<Plan> {
-    plan(tensors, |_| Path::new("m.safetensors"), &metadata(), options)
+    plan(tensors, |_| Path::new("m.safetensors"), &metadata(), BlockSize::default(), options)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "shards of any size will do")]

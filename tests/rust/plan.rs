@@ -7,6 +7,7 @@ use safetensors::Dtype;
 use tensorport::cast::Target;
 use tensorport::checkpoint::TensorSpec;
 use tensorport::dtype::{self, DTYPES};
+use tensorport::float8::BlockSize;
 use tensorport::options::{Mxfp4Mode, Options, Precision};
 use tensorport::ordered_map::OrderedMap;
 use tensorport::output::{Content, Frame};
@@ -17,7 +18,7 @@ use tensorport::{Error, Result};
 use crate::fixtures::spec;
 
 fn planned(tensors: &[TensorSpec], options: &Options) -> Result<Plan> {
-    plan(tensors, |_| Path::new("m.safetensors"), &OrderedMap::default(), options)
+    plan(tensors, |_| Path::new("m.safetensors"), &OrderedMap::default(), BlockSize::default(), options)
 }
 
 /// Options with a shard size in bytes.

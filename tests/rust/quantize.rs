@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use safetensors::Dtype;
 use tensorport::checkpoint::TensorSpec;
 use tensorport::convert::Mode;
+use tensorport::float8::BlockSize;
 use tensorport::mxfp4::{self, ErrorSums, MX_BLOCK_SIZE, QuantizationError, ScaleRule};
 use tensorport::options::{Mxfp4Mode, Options, Precision};
 use tensorport::ordered_map::OrderedMap;
@@ -26,7 +27,7 @@ fn quantize(globs: &[&str]) -> Options {
 }
 
 fn planned(tensors: &[TensorSpec], options: &Options) -> Result<Plan> {
-    plan(tensors, |_| Path::new("m.safetensors"), &OrderedMap::default(), options)
+    plan(tensors, |_| Path::new("m.safetensors"), &OrderedMap::default(), BlockSize::default(), options)
 }
 
 fn names(plan: &Plan) -> Vec<&str> {
