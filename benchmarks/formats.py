@@ -2,11 +2,11 @@
 
 usage: python benchmarks/formats.py [--where FOLDER] [--layers 1] [--rounds 3] [--warmups 1] [--only NAME]...
 
-A gpt-oss-20b of full width and one layer (2.8 GB) is written into every format at `precision="source"`, by tensorport and
-by the library, from memory to memory (/dev/shm) unless --where says otherwise; then it is read into jax.Arrays on CPU and
-summed once. Every job is a process of its own and times itself, imports excluded; jobs take turns in another order each
-round, and before each as much memory as it needs is touched and freed. The libraries write arrays that are views of the
-mapped source, so that nothing but their writing counts.
+A gpt-oss-20b of full width and one layer (2.8 GB) is written into every format at `precision="source"`, by tensorport
+and by the library, from memory to memory (/dev/shm) unless --where says otherwise; then it is read into jax.Arrays on
+CPU and summed once. Every job is a process of its own and times itself, imports excluded; jobs take turns in another
+order each round, and before each as much memory as it needs is touched and freed. The libraries write arrays that are
+views of the mapped source, so that nothing but their writing counts.
 
 Prints two tables in Markdown: medians, with anonymous memory as the peak of the process.
 """
