@@ -1,10 +1,14 @@
-"""How many rows of a matrix are decoded at once."""
+"""How large the tiles are."""
 
 import dataclasses
+from typing import Final
 
 from tensorport.kernels.registry import Device
 
-__all__ = ["Config"]
+__all__ = ["FEW_ROWS", "Config", "TritonConfig"]
+
+FEW_ROWS: Final = 4
+"""So many rows of x are multiplied without tensor cores, whose tiles have sixteen."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,3 +29,31 @@ class Config:
         288 rows were equally fast on one. Elsewhere every tile is a launch, and larger ones are fewer; not measured.
         """
         return cls(block_n=192 if device.platform == "cpu" else 2048)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TritonConfig:
+    """Settings of the implementation `pallas_triton`; powers of two, as Triton wants them.
+
+    Attributes:
+        block_m: rows of x to a program.
+        block_n: rows of w to a program.
+        block_k: bytes of a row of w to a step, so twice as many elements.
+        num_warps: of 32 threads, to a program.
+        num_stages: loads that are under way at once.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def choose(cls, m: int) -> "TritonConfig":
+        """The settings for `m` rows of x. Not measured on a GPU."""
+        if m <= FEW_ROWS:
+            return cls(block_m=FEW_ROWS, block_n=8, block_k=512, num_warps=4, num_stages=2)
+        if m <= 64:
+            return cls(block_m=16, block_n=64, block_k=64, num_warps=4, num_stages=3)
+        return cls(block_m=64, block_n=64, block_k=64, num_warps=4, num_stages=3)
