@@ -1,7 +1,7 @@
 """What Pallas kernels through Triton share: which GPUs run them, and how MXFP4 becomes floats in registers.
 
-Kernels see the checkpoint's own bytes: byte j of a row holds element 2j in its low four bits and 2j + 1 in its high ones,
-and sixteen bytes share a scale. So activations come apart in even and odd elements, and codes never have to be reordered.
+Kernels see the checkpoint's own bytes: byte j of a row holds element 2j in its low four bits and 2j + 1 in its high
+ones, and sixteen bytes share a scale. So activations come apart in even and odd elements; codes stay as they are.
 """
 
 from typing import Final
@@ -11,17 +11,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8, UInt16
 
 from tensorport.kernels.registry import Device
+from tensorport.mxfp4.types import MXFP4Array
 
-__all__ = ["BYTES_OF_BLOCK", "decode", "refuses", "scale_of", "spread", "split_pairs"]
+__all__ = ["BYTES_OF_BLOCK", "NOT_MEASURED", "decode", "refuses", "scale_of", "split_pairs", "spread"]
 
 BYTES_OF_BLOCK: Final = 16
 """Bytes of codes under one scale."""
 
+NOT_MEASURED: Final = "not measured on a GPU yet, and runs where it is named alone"
+"""Why the automatic choice leaves a kernel out."""
+
 _OLDEST: Final = (8, 0)
 
 
-def refuses(device: Device) -> str | None:
-    """What speaks against all kernels through Triton on a device; None if nothing does."""
+def refuses(device: Device, x: Array, w: MXFP4Array) -> str | None:
+    """What speaks against all kernels through Triton for activations `x`; None if nothing does."""
+    if x.dtype == jnp.float64:
+        return "found x in float64, expected float32, bfloat16 or float16"
+    if not x.size or not w.size:
+        return "found an empty array"
     if device.compute_capability is None:
         return "runs on NVIDIA GPUs alone"
     if device.compute_capability < _OLDEST:

@@ -94,7 +94,7 @@ def test_ops_are_found_by_function_and_by_name(name: str) -> None:
         explained = kernels.explain(op, *args)
         assert explained.op == f"mxfp4.{name}"
         assert explained.implementation == "native"
-        assert explained.reasons["pallas_triton"] == "not in this version of tensorport"
+        assert explained.reasons["pallas_mosaic"] == "not in this version of tensorport"
 
 
 def test_arrays_that_the_op_would_refuse_are_refused() -> None:

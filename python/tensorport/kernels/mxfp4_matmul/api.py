@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, BFloat16, Float
 
 from tensorport.kernels import native as native_kernels
+from tensorport.kernels import triton
 from tensorport.kernels.arguments import float_array, mxfp4_array, same_size
 from tensorport.kernels.frozen import no_gradient
 from tensorport.kernels.mxfp4_matmul import native, scaled_dot, xla
@@ -23,9 +24,16 @@ def _arguments(x: ArrayLike, w: MXFP4Array) -> tuple[Array, MXFP4Array]:
     return x, w
 
 
+def _pallas_triton(x: Array, w: MXFP4Array) -> Array:
+    from tensorport.kernels.mxfp4_matmul import pallas_triton  # noqa: PLC0415 - Pallas is imported where it runs
+
+    return pallas_triton.matmul(x, w)
+
+
 OP = Op(
     "mxfp4.matmul",
     _arguments,
+    Implementation("pallas_triton", _pallas_triton, triton.refuses, opt_in=triton.NOT_MEASURED),
     Implementation("scaled_dot", scaled_dot.matmul, scaled_dot.refuses),
     Implementation("native", native.matmul, native.refuses, elsewhere=xla.matmul),
     Implementation(

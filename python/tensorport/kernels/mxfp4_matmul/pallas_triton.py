@@ -1,7 +1,7 @@
 """matmul on NVIDIA GPUs, by Pallas through Triton: codes are decoded in registers, and a tile of them is read once.
 
-Few rows of x are multiplied lane by lane in float32, for the matrix takes the time; many by the tensor cores, bfloat16 as
-it is and other dtypes as exact float32.
+Few rows of x are multiplied lane by lane in float32, for the matrix takes the time; many by the tensor cores, bfloat16
+as it is and other dtypes as exact float32.
 """
 
 import functools
@@ -16,19 +16,9 @@ from jaxtyping import Array, Float, UInt8
 
 from tensorport.kernels import triton
 from tensorport.kernels.mxfp4_matmul.configs import FEW_ROWS, TritonConfig
-from tensorport.kernels.registry import Device
 from tensorport.mxfp4.types import MXFP4Array
 
-__all__ = ["matmul", "refuses"]
-
-
-def refuses(device: Device, x: Array, w: MXFP4Array) -> str | None:
-    """Why it cannot run on these arguments."""
-    if x.dtype == jnp.float64:
-        return "found x in float64, expected float32, bfloat16 or float16"
-    if not x.size or not w.shape[0]:
-        return "found an empty array"
-    return triton.refuses(device)
+__all__ = ["matmul"]
 
 
 def matmul(x: Float[Array, "*batch k"], w: MXFP4Array, *, interpret: bool = False) -> Float[Array, "*batch n"]:
@@ -51,7 +41,7 @@ def matmul(x: Float[Array, "*batch k"], w: MXFP4Array, *, interpret: bool = Fals
     return rows.reshape(*batch, n)
 
 
-def _few_rows(
+def _few_rows(  # noqa: PLR0917 - the refs of a kernel in their order
     config: TritonConfig,
     even: Float[Any, "m k/2"],
     odd: Float[Any, "m k/2"],
@@ -88,7 +78,7 @@ def _few_rows(
         pltriton.store(out.at[pl.ds(row, 1), rows], sum_of_row[None].astype(out.dtype), mask=is_row[None])
 
 
-def _many_rows(
+def _many_rows(  # noqa: PLR0917 - the refs of a kernel in their order
     config: TritonConfig,
     even: Float[Any, "m k/2"],
     odd: Float[Any, "m k/2"],

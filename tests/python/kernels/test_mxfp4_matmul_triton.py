@@ -1,0 +1,126 @@
+"""mxfp4.matmul through Triton: interpreted on CPU against float64, and lowered for CUDA without a GPU."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mxfp4_oracle as oracle
+import numpy as np
+import pytest
+from mxfp4_cases import assert_close, float64, random_array, random_weights
+from tensorport import mxfp4
+from tensorport.kernels import triton
+from tensorport.kernels.mxfp4_matmul import pallas_triton
+from tensorport.kernels.registry import OPS, Device
+from tensorport.mxfp4 import MXFP4Array
+
+# JAX 0.11 announces that its backend for Triton will go.
+pytestmark = pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
+
+DTYPES = ["bfloat16", "float16", "float32"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "n", "k"),
+    [
+        ((), 5, 96),
+        ((1,), 70, 2880),
+        ((3,), 70, 1120),
+        ((2, 2), 9, 32),
+        ((5,), 33, 160),
+        ((20,), 70, 96),
+        ((70,), 130, 160),
+    ],
+)
+def test_values_are_those_of_float64(batch: tuple[int, ...], n: int, k: int, dtype: str) -> None:
+    w, x = random_weights(n, k), random_array(*batch, k, dtype=dtype)
+    found = pallas_triton.matmul(x, w, interpret=True)
+    dense = oracle.decode(np.asarray(w.blocks), np.asarray(w.scales))
+    assert (found.dtype, found.shape) == (x.dtype, (*batch, n))
+    assert_close(found, float64(x) @ dense.T, np.abs(float64(x)) @ np.abs(dense.T), k)
+
+
+@pytest.mark.parametrize("m", [1, 7])
+def test_every_code_under_every_scale_is_exact(m: int) -> None:
+    """A one-hot x picks single weights; XLA on CPU flushes what is subnormal in float32, as the smallest scale is."""
+    codes = np.tile(np.arange(16, dtype=np.uint8), 2)
+    block = codes[::2] | codes[1::2] << 4
+    scales = np.arange(256, dtype=np.uint8)[:, None]
+    w = MXFP4Array(jnp.asarray(np.broadcast_to(block, (256, 1, 16))), jnp.asarray(scales))
+    expected = oracle.decode(np.asarray(w.blocks), scales)[:, :16].T
+    with np.errstate(over="ignore"):
+        expected = expected.astype(np.float32)
+    expected[np.abs(expected) < 2.0**-126] = 0
+    expected[:, 0] = 0
+    one_hot = np.eye(32, dtype=np.float32)[:16]
+    found = np.concatenate(
+        [np.asarray(pallas_triton.matmul(jnp.asarray(rows), w, interpret=True)) for rows in np.split(one_hot, 16)]
+        if m == 1
+        else [np.asarray(pallas_triton.matmul(jnp.asarray(one_hot), w, interpret=True))]
+    )
+    # Zeros of the one-hot rows times the infinities under the last scales are NaN.
+    is_finite = scales[:, 0] < 253
+    np.testing.assert_array_equal(np.abs(found[:, is_finite]), np.abs(expected[:, is_finite]))
+    assert np.isnan(found[:, 255]).all()
+
+
+def test_float32_is_not_narrowed() -> None:
+    w = mxfp4.quantize(jnp.eye(32, dtype=jnp.float32))
+    for m in (1, 9):
+        x = jnp.full((m, 32), 1 + 2**-20, jnp.float32)
+        np.testing.assert_array_equal(np.asarray(pallas_triton.matmul(x, w, interpret=True)), np.asarray(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 4, 5, 64, 2048])
+@pytest.mark.parametrize(("n", "k"), [(5760, 2880), (2880, 2880), (201088, 2880), (5, 96)])
+def test_it_lowers_for_cuda(m: int, n: int, k: int, dtype: str, on_h200: Callable[[], Any]) -> None:
+    x = jax.ShapeDtypeStruct((m, k), dtype)
+    blocks, scales = ((n, k // 32, *rest) for rest in ((16,), ()))
+    w = MXFP4Array(jax.ShapeDtypeStruct(blocks, jnp.uint8), jax.ShapeDtypeStruct(scales, jnp.uint8))
+    with on_h200():
+        text = jax.jit(pallas_triton.matmul).trace(x, w).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__gpu$xla.gpu.triton" in text
+
+
+@pytest.fixture
+def on_h200() -> Callable[[], Any]:
+    """A context in which Pallas takes the device for an H200."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=device)
+    return lambda: jax.sharding.use_abstract_mesh(mesh)
+
+
+class TestChoice:
+    W = MXFP4Array(jax.ShapeDtypeStruct((5, 3, 16), jnp.uint8), jax.ShapeDtypeStruct((5, 3), jnp.uint8))
+    X: Any = jax.ShapeDtypeStruct((7, 96), jnp.bfloat16)
+
+    @pytest.mark.parametrize(
+        ("capability", "words"),
+        [((7, 5), "7.5, expected at least 8.0"), ((8, 0), None), ((9, 0), None), (None, "NVIDIA GPUs alone")],
+    )
+    def test_gpus_of_ampere_and_later_run_it(self, capability: tuple[int, int] | None, words: str | None) -> None:
+        reason = triton.refuses(Device("gpu", "some GPU", capability), self.X, self.W)
+        assert reason is None if words is None else words in str(reason)
+
+    def test_it_runs_where_it_is_named_alone(self) -> None:
+        op = OPS["mxfp4.matmul"]
+        device = Device("gpu", "NVIDIA H200", (9, 0))
+        named = op.explain("pallas_triton", device, self.X, self.W)
+        assert named.implementation == "pallas_triton"
+        chosen = op.explain("auto", device, self.X, self.W)
+        assert chosen.implementation == "xla"
+        assert chosen.reasons["pallas_triton"] == triton.NOT_MEASURED
+
+    def test_on_cpu_it_is_refused(self) -> None:
+        with pytest.raises(NotImplementedError, match=re.escape("pallas_triton: runs on NVIDIA GPUs alone")):
+            mxfp4.matmul(random_array(3, 96), random_weights(5, 96), implementation="pallas_triton")
+
+    @pytest.mark.parametrize(
+        "x", [jax.ShapeDtypeStruct((0, 96), jnp.float32), jax.ShapeDtypeStruct((7, 96), np.float64)]
+    )
+    def test_what_it_cannot_multiply_is_refused(self, x: Any) -> None:
+        assert triton.refuses(Device("gpu", "NVIDIA H200", (9, 0)), x, self.W) is not None
