@@ -19,7 +19,7 @@ pub const QUANTIZATION_KEY: &str = "quantization_config";
 /// Largest configuration that is read.
 const MAX_CONFIG_BYTES: u64 = 100_000_000;
 
-/// The configuration at `path` as JSON: see [`quote_constants`].
+/// The configuration at `path` as JSON: its constants that JSON does not know stand in strings.
 pub fn read(path: &Path) -> Result<String> {
     let bytes = file::read_bounded(path, MAX_CONFIG_BYTES)?;
     Ok(quote_constants(&String::from_utf8_lossy(&bytes)))
