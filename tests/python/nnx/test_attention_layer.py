@@ -121,8 +121,8 @@ def test_it_calls_the_attention_of_the_model(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("xla", "native"):
         layer_of(params(), sliding_window=WINDOW, implementation=name)(random(3, HIDDEN))
     assert calls == [{"sliding_window": WINDOW, "implementation": name} for name in ("xla", "native")]
-    with pytest.raises(NotImplementedError, match="pallas_triton: not in this version"):
-        layer_of(params(), implementation="pallas_triton")(random(3, HIDDEN))
+    with pytest.raises(NotImplementedError, match="pallas_mosaic: not in this version"):
+        layer_of(params(), implementation="pallas_mosaic")(random(3, HIDDEN))
 
 
 @pytest.fixture(scope="module")
