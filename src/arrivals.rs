@@ -8,11 +8,11 @@ use std::fs::{File, Metadata};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
 
-use crate::checkpoint::modified_ns;
 use crate::checksum::Checksum;
 use crate::error::{Error, Result};
 use crate::file;
 use crate::header;
+use crate::source_file::modified_ns;
 use crate::work::lock;
 
 /// Which files have come; shared by those that bring them and those that wait.

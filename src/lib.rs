@@ -52,6 +52,7 @@ pub mod select;
 pub mod side_files;
 pub mod simd;
 mod sink;
+mod source_file;
 pub mod stats;
 pub mod synthetic;
 mod system;

@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 use safetensors::Dtype;
 
 use crate::error::Error;
-use crate::mxfp4::Candidate;
+use crate::mxfp4::{Candidate, Misfit};
 
 pub use blocks::{BlockSize, Blocks, ScaleDtype, Stretch};
 pub use decode::{Scales, decode, decode_with, value};
@@ -38,17 +38,6 @@ pub struct Pairing {
     pub pairs: Vec<Pair>,
     /// What does not fit.
     pub misfits: Vec<Misfit>,
-}
-
-/// Scales that look like half a pair but are none.
-#[derive(Debug)]
-pub struct Misfit {
-    /// Their index.
-    pub index: usize,
-    /// The name that the decoded tensor would have.
-    pub name: String,
-    /// What is wrong.
-    pub fault: Error,
 }
 
 /// Whether any of these names is that of scales.

@@ -254,7 +254,11 @@ impl Machine<'_, '_> {
                 let (offset, nbytes) = self.scanner.skip(size)?;
                 Object::Bytes(offset, nbytes)
             }
-            _ => return Err(self.fault(format_args!("opcode {opcode:#04x}"), "those of arrays in dicts")),
+            _ => {
+                return Err(
+                    self.fault(format_args!("opcode {opcode:#04x}"), "a pickle of arrays of NumPy or JAX in dicts")
+                );
+            }
         };
         self.push(object)
     }
