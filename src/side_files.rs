@@ -1,6 +1,6 @@
 //! The files beside the tensors: config, tokenizer, chat template, licence; copied, and corrected where they would lie.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -59,19 +59,29 @@ pub fn plan(checkpoint: &Checkpoint, plan: &Plan, options: &Options) -> Result<V
     });
     let mut files: Vec<_> = generated.collect();
     // What lies at the top of the tree keeps its name.
-    let top = |path: &str| path.split_once('/').map_or(path, |(folder, _)| folder).to_ascii_lowercase();
-    let taken: HashSet<String> =
-        files.iter().map(|file| top(&file.name)).chain(plan.files.iter().map(|file| top(file.path()))).collect();
+    let generated: HashSet<String> = files.iter().map(|file| top(&file.name).to_ascii_lowercase()).collect();
+    let of_tensors: HashMap<String, &str> =
+        plan.files.iter().map(|file| top(file.path())).map(|name| (name.to_ascii_lowercase(), name)).collect();
     if checkpoint.kind() != Kind::File {
         let root = checkpoint.root();
         for entry in std::fs::read_dir(root).map_err(|fault| Error::io(root, fault))? {
             let entry = entry.map_err(|fault| Error::io(root, fault))?;
             let Ok(name) = entry.file_name().into_string() else { continue };
             let path = entry.path();
-            if !is_copied(&name)
-                || taken.contains(&name.to_ascii_lowercase())
-                || !std::fs::metadata(&path).is_ok_and(|stat| stat.is_file())
-            {
+            if !is_copied(&name) || !std::fs::metadata(&path).is_ok_and(|stat| stat.is_file()) {
+                continue;
+            }
+            let lower = name.to_ascii_lowercase();
+            if let Some(tensor) = of_tensors.get(&lower) {
+                return Err(Error::Mapping {
+                    found: format!(
+                        "tensor {tensor:?} beside the file {}, which would have one name in the output",
+                        path.display()
+                    ),
+                    expected: "a tensor with another name, or the file elsewhere".into(),
+                });
+            }
+            if generated.contains(&lower) {
                 continue;
             }
             let edited = if name == CONFIG_NAME { corrected_config(&path, plan, options)? } else { None };
@@ -113,6 +123,11 @@ impl SideFile {
         };
         Ok(SideFileInfo { nbytes, xxh3_128: Checksum(hasher.digest128()), origin: self.origin })
     }
+}
+
+/// The name at the top of the tree under which a path lies.
+fn top(path: &str) -> &str {
+    path.split_once('/').map_or(path, |(folder, _)| folder)
 }
 
 fn is_copied(name: &str) -> bool {

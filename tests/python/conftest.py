@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -33,6 +34,9 @@ CHECKED_MODULES = [
     ),
 ]
 install_import_hook(CHECKED_MODULES, "beartype.beartype")
+
+# A shell starts background jobs with SIGINT ignored, and programs that tests start and interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before the first test starts the backend: shardings need devices to spread over.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -249,3 +253,12 @@ def misaligned(tmp_path: Path, aligned: Path, write_safetensors: Callable[..., P
     path = write_safetensors(tmp_path / "misaligned.safetensors", tensors)
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
     return write_safetensors(path, tensors, misalign=(8 - header) % 64)
+
+
+@pytest.fixture
+def on_h200() -> Callable[[], Any]:
+    """A context in which Pallas takes the device for an H200."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    automatic = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((1,), ("device",), automatic, abstract_device=device)
+    return lambda: jax.sharding.use_abstract_mesh(mesh)

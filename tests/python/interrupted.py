@@ -15,9 +15,8 @@ import tensorport
 Options = dict[str, Any]
 
 CONVERT = """
-import json, signal, sys, tensorport
+import json, sys, tensorport
 source, output, options = sys.argv[1:]
-signal.signal(signal.SIGINT, signal.default_int_handler)
 tensorport.convert(source, output, progress=False, **json.loads(options))
 """
 

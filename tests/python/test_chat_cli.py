@@ -61,14 +61,6 @@ def model(two_layers: Path) -> LanguageModel:
     return tensorport.load_model(two_layers)
 
 
-@pytest.fixture(autouse=True)
-def _interruptible() -> Iterator[None]:
-    """What starts the tests may ignore SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> tuple[Asked, list[Answer]]:
     """What `chat` of the model is called with, and the answers that it gives one after the other."""

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,6 @@ def binary() -> list[str]:
 @pytest.fixture(params=["python", "binary"])
 def command(request: pytest.FixtureRequest) -> list[str]:
     return PYTHON if request.param == "python" else binary()
-
-
-@pytest.fixture(autouse=True)
-def _interruptible() -> Iterator[None]:
-    """A shell starts background jobs with SIGINT ignored, and programs that these start inherit that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

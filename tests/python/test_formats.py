@@ -518,6 +518,20 @@ def test_orbax_refuses_names_that_make_no_tree(tmp_path: Path, write_safetensors
         tensorport.convert(source, tmp_path / "tree", format="orbax", progress=False)
 
 
+@pytest.mark.parametrize("name", ["config.json", "Config.JSON", "LICENSE"])
+def test_a_tensor_does_not_displace_a_file_of_its_name(tmp_path: Path, write_safetensors: Write, name: str) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    write_safetensors(source / "model.safetensors", {"v": raw("F32", (3,), 1), name: raw("F32", (5,), 2)})
+    (source / {"LICENSE": "LICENSE"}.get(name, "config.json")).write_text("{}\n")
+    with pytest.raises(tensorport.MappingError, match=r"would have one name in the output"):
+        tensorport.convert(source, tmp_path / "tree", format="orbax", progress=False)
+    assert not (tmp_path / "tree").exists()
+    # Where names are no folders both have room.
+    assert_equal(tensorport.open(convert(source, tmp_path / "plain")), tensorport.open(source))
+    assert (tmp_path / "plain" / "LICENSE").exists() or (tmp_path / "plain" / "config.json").exists()
+
+
 NAMES_IN_ORBAX = """0 d default item pytree params descriptor ocdbt.process_0 config.json a-b.c _strings.json con
     commit_success.txt shard_000.msgpack x+=@_-.0"""
 

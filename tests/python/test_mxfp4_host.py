@@ -347,7 +347,7 @@ def test_other_threads_run_meanwhile() -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_ctrl_c_stops_a_large_job() -> None:
     program = """
-        import sys, numpy as np
+        import numpy as np
         from tensorport.mxfp4 import _host
         x = np.zeros((64, 1 << 20), np.float32)
         print("ready", flush=True)
@@ -361,6 +361,9 @@ def test_ctrl_c_stops_a_large_job() -> None:
         assert job.stdout.readline() == "ready\n"
         time.sleep(0.2)
         job.send_signal(signal.SIGINT)
-        _, stderr = job.communicate(timeout=60)
+        try:
+            _, stderr = job.communicate(timeout=60)
+        finally:
+            job.kill()
     assert "KeyboardInterrupt" in stderr
     assert "panicked" not in stderr

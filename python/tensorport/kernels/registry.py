@@ -15,13 +15,14 @@ ImplementationName: TypeAlias = Literal[
 """`auto` takes the first that can run; the others run or raise NotImplementedError.
 
 `xla`: plain JAX, everywhere. `native`: Rust on CPU. `native_int8`: the same with activations rounded to int8, for
-products with MXFP4; every other op takes it for `native`. `pallas_triton`, `pallas_mosaic`: Pallas on NVIDIA GPUs.
+products with MXFP4; every other op takes it for `native`. `pallas_triton`: Pallas on NVIDIA GPUs, for products with
+MXFP4 and attention; every other op takes it for `xla`. `pallas_mosaic`: another Pallas on NVIDIA GPUs.
 `scaled_dot`: the block-scaled products of NVIDIA's Blackwell, through XLA.
 """
 
 _NOT_HERE: Final = "not in this version of tensorport"
 
-_EXTENDS: Final = {"native_int8": "native"}
+_EXTENDS: Final = {"native_int8": "native", "pallas_triton": "xla"}
 """Implementations that only some ops have, and what the others take them for: a model names one for all of its ops."""
 
 OPS: Final[dict[str, "Op"]] = {}

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["clamped_swiglu"]
+__all__ = ["clamped_swiglu", "gated"]
 
 
 def clamped_swiglu(h: Float[Array, "*batch i2"], *, limit: float, alpha: float) -> Float[Array, "*batch i"]:
@@ -18,6 +18,12 @@ def clamped_swiglu(h: Float[Array, "*batch i2"], *, limit: float, alpha: float) 
     Source: openai/gpt-oss, gpt_oss/torch/model.py, swiglu.
     """
     pairs = h.reshape(*h.shape[:-1], h.shape[-1] // 2, 2)
-    gate = jnp.minimum(pairs[..., 0], limit)
-    up = jnp.clip(pairs[..., 1], -limit, limit)
-    return gate * jax.nn.sigmoid(alpha * gate) * (up + 1)
+    return gated(pairs[..., 0], pairs[..., 1], limit=limit, alpha=alpha)
+
+
+def gated(
+    gate: Float[Array, "*batch i"], up: Float[Array, "*batch i"], *, limit: float, alpha: float
+) -> Float[Array, "*batch i"]:
+    """As :func:`clamped_swiglu`, of gate and up in arrays of their own."""
+    gate = jnp.minimum(gate, limit)
+    return gate * jax.nn.sigmoid(alpha * gate) * (jnp.clip(up, -limit, limit) + 1)

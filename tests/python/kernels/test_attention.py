@@ -478,8 +478,10 @@ def test_which_implementation_runs_is_told() -> None:
     assert explained.reasons["native"] == "found key in float16, expected one of bfloat16, float32"
     with pytest.raises(NotImplementedError, match="attention on cpu: native: found key in float16"):
         attention(*half, implementation="native")
-    with pytest.raises(NotImplementedError, match="attention on cpu: pallas_triton: not in this version"):
+    with pytest.raises(NotImplementedError, match="attention on cpu: pallas_triton: runs on NVIDIA GPUs alone"):
         attention(*args, implementation="pallas_triton")
+    with pytest.raises(NotImplementedError, match="attention on cpu: pallas_mosaic: not in this version"):
+        attention(*args, implementation="pallas_mosaic")
 
 
 def wrong(number: int, value: Any, **options: Any) -> Callable[[], Any]:

@@ -1,13 +1,16 @@
 """attention: checked once, computed by one of several implementations."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Integer
 
+from tensorport.kernels import triton
 from tensorport.kernels.arguments import float_array, integer_array, same_size
 from tensorport.kernels.attention import native, xla
 from tensorport.kernels.attention.types import Settings
-from tensorport.kernels.registry import Implementation, ImplementationName, Op
+from tensorport.kernels.registry import Device, Implementation, ImplementationName, Op
 
 __all__ = ["OP", "attention"]
 
@@ -32,9 +35,24 @@ def _arguments(  # noqa: PLR0917 - the order of the op
     return query, key, value, query_positions, key_positions, sinks
 
 
+def _pallas_triton(*args: Any) -> Array:
+    from tensorport.kernels.attention import pallas_triton  # noqa: PLC0415 - Pallas is imported where it runs
+
+    return pallas_triton.attention(*args)
+
+
+def _refused_by_triton(device: Device, query: Array, *others: Array | None) -> str | None:
+    head_dim = query.shape[3]
+    reason = triton.refuses(device, query, *others)
+    if reason is None and (head_dim < 16 or head_dim & (head_dim - 1)):
+        return f"found heads of {head_dim}, expected a power of two from 16 on"
+    return reason
+
+
 OP = Op(
     "attention",
     _arguments,
+    Implementation("pallas_triton", _pallas_triton, _refused_by_triton, opt_in=triton.NOT_MEASURED),
     Implementation("native", native.attention, native.refuses, elsewhere=xla.attention),
     Implementation("xla", xla.attention),
 )
@@ -77,7 +95,7 @@ def attention(  # noqa: PLR0917 - arrays in the order in which every attention t
     Returns:
         [B, T, N, D] in the dtype of `query`, on its device. Zero for a query that sees nothing. Differentiable in
         reverse mode with respect to all floats, by the implementation `xla`. That has the scores of a block of queries
-        in memory at once, for gradients all; `native` those of a few queries with a few keys.
+        in memory at once, for gradients all; the others those of a few queries with a few keys.
 
     Raises:
         NotImplementedError: the named implementation cannot run here; says why.

@@ -1,8 +1,8 @@
-"""How many queries are worked on at once."""
+"""How many queries and keys are worked on at once."""
 
 import dataclasses
 
-__all__ = ["Config"]
+__all__ = ["Config", "TritonConfig"]
 
 _MOST_SCORES = 1 << 24  # 67 MB in float32: bounds the memory of long prompts, and still fills many cores
 
@@ -22,3 +22,36 @@ class Config:
         """The settings for arrays of such sizes."""
         fitting = _MOST_SCORES // max(batch * heads * keys, 1)
         return cls(max(1, min(queries, fitting)))
+
+
+_PROGRAMS = 256  # about two for each multiprocessor of an H100
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TritonConfig:
+    """Settings of the implementation `pallas_triton`; sizes of blocks are powers of two, as Triton wants them.
+
+    Attributes:
+        block_rows: queries of one group of heads to a program, each head counted; at least the 16 of a tensor core.
+        block_keys: keys to a step.
+        splits: programs that share the keys of one block of queries.
+        num_warps: of 32 threads, to a program.
+        num_stages: loads that are under way at once.
+    """
+
+    block_rows: int
+    block_keys: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def choose(cls, groups: int, rows: int, keys: int) -> "TritonConfig":
+        """The settings for so many groups of heads, queries of each and keys. Not measured on a GPU.
+
+        The keys are divided where queries alone would leave multiprocessors without work.
+        """
+        block_rows, block_keys = (16 if rows <= 16 else 64), 64
+        programs = groups * -(-rows // block_rows)
+        splits = max(1, min(_PROGRAMS // programs, -(-keys // block_keys)))
+        return cls(block_rows, block_keys, splits, num_warps=4, num_stages=2)

@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, BFloat16, Float, Integer
 
 from tensorport.kernels import native as native_kernels
+from tensorport.kernels import triton
 from tensorport.kernels.arguments import float_array, integer_array, mxfp4_array, same_size
 from tensorport.kernels.frozen import no_gradient
 from tensorport.kernels.mxfp4_expert_matmul import native, xla
@@ -24,9 +25,16 @@ def _arguments(x: ArrayLike, w: MXFP4Array, expert_ids: ArrayLike) -> tuple[Arra
     return x, w, expert_ids
 
 
+def _pallas_triton(x: Array, w: MXFP4Array, expert_ids: Array) -> Array:
+    from tensorport.kernels.mxfp4_expert_matmul import pallas_triton  # noqa: PLC0415 - Pallas is imported where it runs
+
+    return pallas_triton.expert_matmul(x, w, expert_ids)
+
+
 OP = Op(
     "mxfp4.expert_matmul",
     _arguments,
+    Implementation("pallas_triton", _pallas_triton, triton.refuses, opt_in=triton.NOT_MEASURED),
     Implementation("native", native.expert_matmul, native.refuses, elsewhere=xla.expert_matmul),
     Implementation(
         "native_int8", native.expert_matmul_int8, native.refuses, is_for_cpu=True, opt_in=native_kernels.ROUNDS_TO_INT8

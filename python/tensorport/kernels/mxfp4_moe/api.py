@@ -7,6 +7,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, BFloat16, Float, Integer
 
 from tensorport.kernels import native as native_kernels
+from tensorport.kernels import triton
 from tensorport.kernels.arguments import float_array, integer_array, mxfp4_array, same_size
 from tensorport.kernels.frozen import no_gradient
 from tensorport.kernels.mxfp4_moe import native, xla
@@ -40,9 +41,18 @@ def _arguments(  # noqa: PLR0917 - the order of the contract
     return x, router_indices, router_weights, experts
 
 
+def _pallas_triton(
+    x: Array, router_indices: Array, router_weights: Array, experts: Experts, activation: Activation
+) -> Array:
+    from tensorport.kernels.mxfp4_moe import pallas_triton  # noqa: PLC0415 - Pallas is imported where it runs
+
+    return pallas_triton.moe(x, router_indices, router_weights, experts, activation)
+
+
 OP = Op(
     "mxfp4.moe",
     _arguments,
+    Implementation("pallas_triton", _pallas_triton, triton.refuses, opt_in=triton.NOT_MEASURED),
     Implementation("native", native.moe, native.refuses, elsewhere=xla.moe),
     Implementation(
         "native_int8", native.moe_int8, native.refuses, is_for_cpu=True, opt_in=native_kernels.ROUNDS_TO_INT8
