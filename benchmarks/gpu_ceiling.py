@@ -28,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -135,7 +135,10 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One row of the table; seconds are of one of what the case names: a call, a product, a kernel, a token."""
+    """One row of the table; seconds are of one of what the case names: a call, a product, a kernel, a token.
+
+    `is_of_copy` says that its bytes per second are to be compared with those of the fastest copy.
+    """
 
     section: str = ""
     case: str = ""
@@ -146,6 +149,7 @@ class Result:
     nbytes: int = 0
     flops: int = 0
     note: str = ""
+    is_of_copy: bool = False
 
 
 class Skip(Exception):  # noqa: N818 (no error)
@@ -153,6 +157,7 @@ class Skip(Exception):  # noqa: N818 (no error)
 
 
 Case = tuple[str, Callable[[], Result]]
+Section = Callable[[Setting], Iterator[Case]]
 
 
 # How things are timed.
@@ -205,7 +210,9 @@ def calls_to_fill(seconds: float) -> int:
     return max(1, min(MAX_QUEUED, math.ceil(QUEUED_S / seconds)))
 
 
-def measured(timing: Timing, *, per: int = 1, nbytes: int = 0, flops: int = 0, note: str = "") -> Result:
+def measured(
+    timing: Timing, *, per: int = 1, nbytes: int = 0, flops: int = 0, note: str = "", is_of_copy: bool = False
+) -> Result:
     """A result of which `per` make up one call; bytes, flops and the result's seconds are of one of them."""
     return Result(
         seconds=timing.seconds / per,
@@ -214,6 +221,7 @@ def measured(timing: Timing, *, per: int = 1, nbytes: int = 0, flops: int = 0, n
         nbytes=nbytes,
         flops=flops,
         note=note,
+        is_of_copy=is_of_copy,
     )
 
 
@@ -500,7 +508,8 @@ def _time_product(setting: Setting, m: int, k: int, n: int, transposed: bool) ->
     program = jax.jit(chain).lower(x, weights).compile()
     timing = measure(setting, lambda _: program(x, weights), calls=0)
     # Bytes are the weights' alone, each read once: activations and outputs come on top.
-    return measured(timing, per=count, nbytes=weight_bytes, flops=flops, note=f"{count} in turn: {kernels_of(program)}")
+    note = f"{count} in turn: {kernels_of(program)}"
+    return measured(timing, per=count, nbytes=weight_bytes, flops=flops, note=note, is_of_copy=True)
 
 
 def _normal(shape: tuple[int, ...], seed: int) -> jax.Array:
@@ -736,7 +745,7 @@ def device_to_host(setting: Setting) -> Iterator[Case]:
     yield f"to pinned_host, {size}", case(lambda array: place(setting, array, "pinned_host"), flip)
 
 
-SECTIONS: dict[str, Callable[[Setting], Iterator[Case]]] = {
+SECTIONS: dict[str, Section] = {
     "device memory": device_memory,
     "product": products,
     "launch": launches,
@@ -751,9 +760,9 @@ SECTIONS: dict[str, Callable[[Setting], Iterator[Case]]] = {
 # Running and telling.
 
 
-def run_section(name: str, setting: Setting) -> Iterator[Result]:
+def run_section(name: str, section: Section, setting: Setting) -> Iterator[Result]:
     """Runs a section's cases. What one raises becomes its row: device time is short, and the others can run."""
-    cases = SECTIONS[name](setting)
+    cases = section(setting)
     while True:
         try:
             case, call = next(cases)
@@ -829,7 +838,7 @@ def show_seconds(seconds: float) -> str:
 
 
 def table(results: Sequence[Result]) -> str:
-    """The results in Markdown; `% of copy` compares the products' bytes per second with the fastest copy's."""
+    """The results in Markdown; `% of copy` compares the bytes of weights per second with the fastest copy's."""
     copies = [r for r in results if r.section == "device memory" and r.case.startswith("copy") and r.seconds]
     copy_rate = max((r.nbytes / r.seconds for r in copies if r.seconds), default=None)
     lines = ["| section | case | time | GB/s | % of copy | TFLOP/s | spread | |", "|---|---|---|---|---|---|---|---|"]
@@ -840,7 +849,7 @@ def table(results: Sequence[Result]) -> str:
             spread = f"{result.spread or 0:.0%}"
             rate = f"{result.nbytes / result.seconds / 1e9:.4g}" if result.nbytes else "-"
             flops = f"{result.flops / result.seconds / 1e12:.3g}" if result.flops else "-"
-            if result.section == "product" and copy_rate:
+            if result.is_of_copy and copy_rate:
                 share = f"{result.nbytes / result.seconds / copy_rate:.0%}"
         note = result.note if result.status == "measured" else f"{result.status}: {result.note}"
         cells = (result.section, result.case, time_, rate, share, flops, spread, note.replace("|", "\\|"))
@@ -851,10 +860,11 @@ def table(results: Sequence[Result]) -> str:
 def make_setting(options: argparse.Namespace) -> Setting:
     device = jax.devices()[0]
     sizes = QUICK if options.quick else Sizes() if device.platform == "gpu" else ON_CPU
-    return Setting(device, sizes, options.seconds_per_case, options.scratch)
+    seconds = options.seconds_per_case or (0.01 if options.quick else 0.3)
+    return Setting(device, sizes, seconds, options.scratch)
 
 
-def run_sections(setting: Setting, names: Sequence[str], log: IO[str] | None) -> list[Result]:
+def run_sections(setting: Setting, sections: Mapping[str, Section], log: IO[str] | None) -> list[Result]:
     """Runs the sections, telling each result on stderr and in the log as it comes."""
 
     def write(kind: str, fields: Mapping[str, Any]) -> None:
@@ -863,9 +873,9 @@ def run_sections(setting: Setting, names: Sequence[str], log: IO[str] | None) ->
 
     write("environment", environment(setting))
     results: list[Result] = []
-    for name in names:
+    for name, section in sections.items():
         began = time.perf_counter()
-        for result in run_section(name, setting):
+        for result in run_section(name, section, setting):
             results.append(result)
             told = show_seconds(result.seconds) if result.seconds is not None else result.status
             print(f"{name}: {result.case}: {told} {result.note}", file=sys.stderr, flush=True)
@@ -877,29 +887,14 @@ def run_sections(setting: Setting, names: Sequence[str], log: IO[str] | None) ->
     return results
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="a file for JSON lines")
-    parser.add_argument("--seconds-per-case", type=float, default=None, help="default: 0.3, with --quick 0.01")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test this script")
-    parser.add_argument("--only", action="append", choices=SECTIONS, help="a section; may be given more than once")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="for a file of 2 GiB")
-    parser.add_argument("--capture-child", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.capture_child:
-        capture_child()
-        return 0
-    if options.seconds_per_case is None:
-        options.seconds_per_case = 0.01 if options.quick else 0.3
-
+def run_and_tell(setting: Setting, sections: Mapping[str, Section], options: argparse.Namespace) -> int:
+    """Runs the sections and prints their table; returns the exit code."""
     began = time.perf_counter()
-    setting = make_setting(options)
-    names = [name for name in SECTIONS if not options.only or name in options.only]
     if options.json is None:
-        results = run_sections(setting, names, None)
+        results = run_sections(setting, sections, None)
     else:
         with options.json.open("w") as log:
-            results = run_sections(setting, names, log)
+            results = run_sections(setting, sections, log)
 
     facts = environment(setting)
     driver = f", driver {facts['driver']}" if facts["driver"] else ""
@@ -908,6 +903,33 @@ def main() -> int:
     print("sizes of --quick: the figures say nothing\n" if options.quick else "")
     print(table(results))
     return int(any(result.status == "failed" for result in results))
+
+
+def add_options(parser: argparse.ArgumentParser, sections: Iterable[str]) -> None:
+    """What every script of this kind takes."""
+    parser.add_argument("--json", type=Path, help="a file for JSON lines")
+    parser.add_argument("--seconds-per-case", type=float, default=None, help="default: 0.3, with --quick 0.01")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to test this script")
+    parser.add_argument(
+        "--only", action="append", choices=list(sections), help="a section; may be given more than once"
+    )
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="for a file of 2 GiB")
+
+
+def chosen(sections: Mapping[str, Section], options: argparse.Namespace) -> dict[str, Section]:
+    """Those of --only, in their order here."""
+    return {name: section for name, section in sections.items() if not options.only or name in options.only}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, SECTIONS)
+    parser.add_argument("--capture-child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.capture_child:
+        capture_child()
+        return 0
+    return run_and_tell(make_setting(options), chosen(SECTIONS, options), options)
 
 
 if __name__ == "__main__":

@@ -99,16 +99,13 @@ def test_the_log_has_the_machine_and_every_case(quick: tuple[list[list[str]], li
     assert copy["nbytes"] == 2 * environment["sizes"]["copy_bytes"]  # read and written
 
 
-def test_a_case_that_fails_is_a_row_and_the_others_run(
-    ceiling: Any, setting: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_case_that_fails_is_a_row_and_the_others_run(ceiling: Any, setting: Any) -> None:
     def cases(_: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "first", lambda: ceiling.Result(1 // 0)
         yield "second", lambda: ceiling.Result(note="ran")
         raise OSError("no more of them")
 
-    monkeypatch.setitem(ceiling.SECTIONS, "test", cases)
-    results = ceiling.run_sections(setting, ["test"], None)
+    results = ceiling.run_sections(setting, {"test": cases}, None)
     assert [(result.status, result.case) for result in results] == [
         ("failed", "first"),
         ("measured", "second"),
@@ -155,7 +152,7 @@ def timed_chains(ceiling: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[int
 
 
 def launch_result(ceiling: Any, setting: Any) -> Any:
-    return next(ceiling.run_section("launch", setting))
+    return next(ceiling.run_section("launch", ceiling.launches, setting))
 
 
 def test_one_more_kernel_is_told_from_the_call(ceiling: Any, setting: Any, timed_chains: Callable[[int], None]) -> None:
