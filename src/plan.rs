@@ -1,6 +1,6 @@
 //! The plan of a conversion: which tensors become what, in which files, at which offsets. Pure and deterministic.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::path::Path;
 
@@ -145,12 +145,30 @@ impl PlannedFile {
 
 /// Plans the conversion of a checkpoint.
 pub fn of_checkpoint(checkpoint: &Checkpoint, options: &Options) -> Result<Plan> {
+    of_sorted(checkpoint, options, |_| {})
+}
+
+/// As [`of_checkpoint`], with the tensors of `names` in their order, whatever that of the source: for a tree that was made
+/// from another serialization.
+pub fn in_order<'a>(
+    checkpoint: &Checkpoint,
+    options: &Options,
+    names: impl IntoIterator<Item = &'a str>,
+) -> Result<Plan> {
+    let places: HashMap<&str, usize> = names.into_iter().zip(0..).collect();
+    let by_names = |tensors: &mut Vec<PlannedTensor>| {
+        tensors.sort_by_key(|tensor| places.get(tensor.name.as_str()).copied().unwrap_or(usize::MAX));
+    };
+    of_sorted(checkpoint, options, by_names)
+}
+
+fn of_sorted(checkpoint: &Checkpoint, options: &Options, sort: impl FnOnce(&mut Vec<PlannedTensor>)) -> Result<Plan> {
     let float8_size = match options.float8 {
         Float8Mode::Keep => BlockSize::default(),
         Float8Mode::Dequantize => checkpoint.float8_size()?,
     };
     let path_of = |tensor| checkpoint.path_of(tensor);
-    plan(checkpoint.tensors(), path_of, checkpoint.metadata(), float8_size, options)
+    sorted_plan(checkpoint.tensors(), path_of, checkpoint.metadata(), float8_size, options, sort)
 }
 
 /// Plans the conversion of a checkpoint's `tensors`; `path_of` names the file of a tensor, for messages, and `metadata` is
@@ -161,6 +179,17 @@ pub fn plan<'a>(
     metadata: &OrderedMap<String>,
     float8_size: BlockSize,
     options: &Options,
+) -> Result<Plan> {
+    sorted_plan(tensors, path_of, metadata, float8_size, options, |_| {})
+}
+
+fn sorted_plan<'a>(
+    tensors: &'a [TensorSpec],
+    path_of: impl Fn(&'a TensorSpec) -> &'a Path,
+    metadata: &OrderedMap<String>,
+    float8_size: BlockSize,
+    options: &Options,
+    sort: impl FnOnce(&mut Vec<PlannedTensor>),
 ) -> Result<Plan> {
     let shard_bytes = options.shard_bytes()?;
     let selection = Selection::new(options.include.as_deref(), options.exclude.as_deref())?;
@@ -192,6 +221,7 @@ pub fn plan<'a>(
         planned.iter().map(|(position, tensor)| tensor.candidate(candidates[*position].path)).collect();
     let (total_parameters, stored_elements) = mxfp4::count_parameters(&outputs);
     let mut planned: Vec<_> = planned.into_iter().map(|(_, tensor)| tensor).collect();
+    sort(&mut planned);
     let Placement { files, shards, warnings: of_placement } = place(&planned, shard_bytes, options.format)?;
     warnings.extend(of_placement);
     let files = lay_out(&mut planned, files, metadata, options.format)?;

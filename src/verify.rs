@@ -124,7 +124,9 @@ pub fn verify(
         Err(fault) => return Err(fault),
     };
     let checkpoint = source.map(Checkpoint::open).transpose()?;
-    let plan = checkpoint.as_ref().map(|checkpoint| plan::of_checkpoint(checkpoint, &manifest.options));
+    // The source may be another serialization of the same tensors.
+    let names = || manifest.tensors.0.iter().map(|(name, _)| name.as_str());
+    let plan = checkpoint.as_ref().map(|checkpoint| plan::in_order(checkpoint, &manifest.options, names()));
     let (plan, options_fault) = match plan.transpose() {
         Ok(plan) => (plan, None),
         // The arguments that do not hold are the manifest's.

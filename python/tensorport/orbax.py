@@ -5,6 +5,7 @@ format `orbax` need nothing of this: they are read as they are.
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import math
@@ -12,14 +13,19 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from tensorport.errors import CheckpointError
 from tensorport.reports import human_bytes
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["is_checkpoint", "staged"]
 
@@ -84,22 +90,45 @@ def _staged(path: Path, modified_ns: int) -> Path:
             f"{path}: found an Orbax checkpoint, which needs orbax-checkpoint: pip install 'tensorport[orbax]'"
         ) from fault
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        file = _copied(ocp, checkpointer, path)
+        file = _copied(ocp, _Reader(checkpointer, path))
     # An interrupted conversion goes on where the source is still the same.
     os.utime(file, ns=(modified_ns, modified_ns))
     return file
 
 
-def _copied(ocp: Any, checkpointer: Any, path: Path) -> Path:
-    metadata = checkpointer.metadata(path)
-    tree = getattr(getattr(metadata, "item_metadata", metadata), "tree", None)
+class _Reader:
+    """Orbax on one checkpoint, of which it raises all kinds of errors where that is damaged."""
+
+    def __init__(self, checkpointer: Any, path: Path) -> None:
+        self._checkpointer, self.path = checkpointer, path
+
+    def tree(self) -> Any:
+        metadata = self._call(self._checkpointer.metadata)
+        return getattr(getattr(metadata, "item_metadata", metadata), "tree", None)
+
+    def restore(self, args: Any) -> Any:
+        return self._call(self._checkpointer.restore, args=args)
+
+    def _call(self, method: Callable[..., Any], **options: Any) -> Any:
+        try:
+            return method(self.path, **options)
+        except (MemoryError, PermissionError):
+            raise
+        except Exception as fault:
+            raise CheckpointError(
+                f"{self.path}: found what orbax-checkpoint cannot read, expected a whole checkpoint: "
+                f"{type(fault).__name__}: {fault}"
+            ) from fault
+
+
+def _copied(ocp: Any, reader: _Reader) -> Path:
+    path, tree = reader.path, reader.tree()
     leaves = dict(_leaves(path, tree, ()))
     if not leaves:
         raise CheckpointError(f"{path}: found no arrays, expected an Orbax checkpoint of some")
     arrays = {keys: (_tag(path, keys, leaf), tuple(leaf.shape), _nbytes(leaf)) for keys, leaf in leaves.items()}
     total = sum(nbytes for _, _, nbytes in arrays.values())
-    folder = Path(tempfile.mkdtemp(prefix="tensorport-orbax-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = _temporary_folder()
     warnings.warn(
         f"{path} is an Orbax checkpoint: its {human_bytes(total)} are copied to {folder} before they are read",
         stacklevel=2,
@@ -112,11 +141,41 @@ def _copied(ocp: Any, checkpointer: Any, path: Path) -> Path:
             item = _with_leaves(tree, dict.fromkeys(group, 0), ocp.PLACEHOLDER)
             as_numpy = dict.fromkeys(group, ocp.RestoreArgs(restore_type=np.ndarray))
             restore_args = _with_leaves(tree, as_numpy, ocp.PLACEHOLDER)
-            restored = checkpointer.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args))
+            restored = reader.restore(ocp.args.PyTreeRestore(item=item, restore_args=restore_args))
             for keys in group:
                 array = np.ascontiguousarray(functools.reduce(lambda node, key: node[key], keys, restored))
                 out.write(array.reshape(-1).view(np.uint8).data)
     return file
+
+
+_PREFIX = "tensorport-orbax-"
+_LOCK = "lock"
+
+
+def _temporary_folder() -> Path:
+    """A folder that goes when the process ends; those of processes that were killed go now."""
+    parent = Path(tempfile.gettempdir())
+    for left_over in parent.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), (left_over / _LOCK).open("rb") as lock:
+            if _lock(lock):
+                shutil.rmtree(left_over, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    held = (folder / _LOCK).open("wb")
+    _lock(held)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(held.close)  # which keeps it open until then
+    return folder
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Locks a file as long as it is open; False where another process has, or there are no such locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _leaves(path: Path, node: Any, keys: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -56,7 +56,7 @@ impl FileFormat {
         if let Node::Array(_) = tree {
             return Err(Error::file(path, "one array without a name", "a map of arrays"));
         }
-        flatten(path, String::new(), tree, &mut arrays)?;
+        flatten(path, String::new(), tree, &mut arrays, &mut Budget::of(source.nbytes()))?;
         Ok(Table { arrays, checksum: scanner.checksum() })
     }
 }
@@ -105,7 +105,30 @@ const MAX_DEPTH: usize = 64;
 /// Most arrays of a file.
 const MAX_ARRAYS: usize = 1 << 24;
 
-fn flatten(path: &Path, name: String, node: Node, arrays: &mut Vec<NamedArray>) -> Result<()> {
+/// What the names of a file's arrays may take in memory: a small file can make long ones of many, for each array has the
+/// keys of all maps around it, and of a pickle two may share a map.
+struct Budget {
+    left: u64,
+}
+
+impl Budget {
+    const EXPECTED: &'static str = "fewer or shorter: each array has the keys of all maps around it";
+
+    /// Of a file of so many bytes.
+    fn of(nbytes: u64) -> Self {
+        Self { left: (1u64 << 25).saturating_add(nbytes.saturating_mul(4)) }
+    }
+
+    /// Takes what an array or a map needs that has a name of so many bytes; says what was found where that is too much.
+    fn spend(&mut self, name_bytes: usize) -> Result<(), &'static str> {
+        const NODE_BYTES: u64 = 100;
+        self.left = self.left.checked_sub(NODE_BYTES + name_bytes as u64).ok_or("names beyond all measure")?;
+        Ok(())
+    }
+}
+
+fn flatten(path: &Path, name: String, node: Node, arrays: &mut Vec<NamedArray>, budget: &mut Budget) -> Result<()> {
+    budget.spend(name.len()).map_err(|found| Error::file(path, found, Budget::EXPECTED))?;
     match node {
         Node::Array(array) => {
             if arrays.len() == MAX_ARRAYS {
@@ -123,7 +146,7 @@ fn flatten(path: &Path, name: String, node: Node, arrays: &mut Vec<NamedArray>) 
         }
         Node::Map(entries) => entries.into_iter().try_for_each(|(key, node)| {
             let name = if name.is_empty() { key } else { format!("{name}.{key}") };
-            flatten(path, name, node, arrays)
+            flatten(path, name, node, arrays, budget)
         }),
         Node::Other(found) if name.is_empty() => Err(Error::file(path, found, "a map of arrays")),
         Node::Other(found) => Err(Error::tensor(path, &name, found, "an array, or a map of arrays")),

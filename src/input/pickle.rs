@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use safetensors::Dtype;
 
 use super::scanner::Scanner;
-use super::{Array, MAX_DEPTH, Node, dtype_of};
+use super::{Array, Budget, MAX_DEPTH, Node, dtype_of};
 use crate::dtype;
 use crate::error::{Error, Result};
 use crate::output::pickle::opcode as op;
@@ -81,8 +81,8 @@ pub(super) fn parse(scanner: &mut Scanner<'_>) -> Result<Node> {
         let left = machine.scanner.left();
         return Err(machine.fault(format_args!("{left} bytes after the end"), "one pickle"));
     }
-    let mut nodes = 0;
-    machine.node(root, 0, &mut nodes)
+    let mut budget = Budget::of(machine.scanner.nbytes());
+    machine.node(root, 0, 0, &mut budget)
 }
 
 impl Machine<'_, '_> {
@@ -418,12 +418,12 @@ impl Machine<'_, '_> {
         }
     }
 
-    /// The tree under an object; `nodes` counts them, for a pickle can mention one dict many times.
-    fn node(&self, id: Id, depth: usize, nodes: &mut usize) -> Result<Node> {
-        *nodes += 1;
-        if depth > MAX_DEPTH || *nodes > MAX_OBJECTS {
-            return Err(self.fault("dicts within dicts without an end", format_args!("at most {MAX_DEPTH}")));
+    /// The tree under an object, whose name has so many bytes. A pickle can mention one dict many times.
+    fn node(&self, id: Id, depth: usize, name_bytes: usize, budget: &mut Budget) -> Result<Node> {
+        if depth > MAX_DEPTH {
+            return Err(self.fault(format_args!("more than {MAX_DEPTH} dicts within each other"), "fewer"));
         }
+        budget.spend(name_bytes).map_err(|found| self.fault(found, Budget::EXPECTED))?;
         Ok(match &self.objects[id] {
             Object::Array(array) => Node::Array(array.clone()),
             Object::Dict(entries) => {
@@ -433,7 +433,8 @@ impl Machine<'_, '_> {
                         Object::Int(key) => key.to_string(),
                         _ => return Err(self.fault("a key that is no text", "dicts with texts for keys")),
                     };
-                    Ok((key, self.node(value, depth + 1, nodes)?))
+                    let name_bytes = name_bytes + key.len() + 1;
+                    Ok((key, self.node(value, depth + 1, name_bytes, budget)?))
                 });
                 Node::Map(entries.collect::<Result<_>>()?)
             }

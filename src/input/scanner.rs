@@ -17,6 +17,16 @@ pub(super) enum Source<'a> {
     Bytes(&'a [u8]),
 }
 
+impl Source<'_> {
+    /// How many there are.
+    pub(super) fn nbytes(&self) -> u64 {
+        match self {
+            Self::File(_, nbytes) => *nbytes,
+            Self::Bytes(bytes) => bytes.len() as u64,
+        }
+    }
+}
+
 /// Bytes that are read at once.
 const BUFFER_BYTES: usize = 1 << 16;
 
@@ -37,11 +47,13 @@ pub(super) struct Scanner<'a> {
 
 impl<'a> Scanner<'a> {
     pub(super) fn new(path: &'a Path, source: Source<'a>) -> Self {
-        let nbytes = match source {
-            Source::File(_, nbytes) => nbytes,
-            Source::Bytes(bytes) => bytes.len() as u64,
-        };
+        let nbytes = source.nbytes();
         Self { path, source, nbytes, position: 0, buffer: Vec::new(), start: 0, hasher: Xxh3::new() }
+    }
+
+    /// Bytes of all.
+    pub(super) fn nbytes(&self) -> u64 {
+        self.nbytes
     }
 
     /// Where the next byte stands.

@@ -3,6 +3,9 @@
 import collections
 import os
 import pickle
+import subprocess
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -163,12 +166,27 @@ class TestPickle:
         loop: Tree = {}
         loop["a"] = loop
         (tmp_path / "m.pkl").write_bytes(pickle.dumps(loop))
-        assert_refused(tmp_path / "m.pkl", ["without an end"])
-        laughs: Tree = {"a": np.ones(1)}
-        for _ in range(60):
-            laughs = {"a": laughs, "b": laughs}
-        (tmp_path / "m.pkl").write_bytes(pickle.dumps(laughs))
-        assert_refused(tmp_path / "m.pkl", ["without an end"])
+        assert_refused(tmp_path / "m.pkl", ["more than 64 dicts within each other"])
+        for depth in (20, 60):
+            laughs: Tree = {"a": np.ones(1)}
+            for _ in range(depth):
+                laughs = {"a": laughs, "b": laughs}
+            (tmp_path / "m.pkl").write_bytes(pickle.dumps(laughs))
+            assert_refused(tmp_path / "m.pkl", ["names beyond all measure"])
+
+    def test_a_dict_may_be_mentioned_some_times(self, tmp_path: Path) -> None:
+        shared = {"w": np.arange(3), "v": np.ones((2, 5), np.float32)}
+        (tmp_path / "m.pkl").write_bytes(pickle.dumps({"params": shared, "ema": shared, "best": {"params": shared}}))
+        names = {f"{prefix}.{name}" for prefix in ("params", "ema", "best.params") for name in shared}
+        assert set(tensorport.open(tmp_path / "m.pkl")) == names
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "msgpack"])
+def test_long_names_of_many_arrays_do_not_fill_the_memory(tmp_path: Path, suffix: str) -> None:
+    tree = {"k" * 1_000_000: {str(number): np.zeros(1, np.int8) for number in range(300)}}
+    dump = pickle.dumps if suffix == "pkl" else flax.serialization.msgpack_serialize
+    (tmp_path / f"m.{suffix}").write_bytes(dump(tree))
+    assert_refused(tmp_path / f"m.{suffix}", ["names beyond all measure", "the keys of all maps around it"])
 
 
 class TestOrbax:
@@ -204,6 +222,53 @@ class TestOrbax:
             checkpointer.save(tmp_path / "orbax", {"a": np.ones(3), "b": {"c": "text"}})
         with pytest.raises(tensorport.CheckpointError, match=r"'b\.c'"):
             tensorport.open(tmp_path / "orbax")
+
+    @pytest.mark.parametrize("damage", ["lost", "truncated", "untyped"])
+    def test_a_damaged_checkpoint_is_a_checkpoint_error(self, tmp_path: Path, damage: str) -> None:
+        ocp = pytest.importorskip("orbax.checkpoint")
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)) as checkpointer:
+            checkpointer.save(tmp_path / "orbax", {"a": {"w": np.ones((3, 5), np.float32)}})
+        if damage == "untyped":
+            metadata = tmp_path / "orbax" / "_METADATA"
+            metadata.write_text(metadata.read_text("utf-8").replace('"value_type"', '"valued_type"'), "utf-8")
+        else:
+            (chunk,) = (tmp_path / "orbax").rglob("0.0")
+            chunk.write_bytes(chunk.read_bytes()[:7])
+            if damage == "lost":
+                chunk.unlink()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*an Orbax checkpoint")
+            assert_refused(tmp_path / "orbax", ["what orbax-checkpoint cannot read"])
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="without such locks")
+    def test_copies_of_processes_that_were_killed_go(
+        self, tmp_path: Path, saved: tuple[Path, Tree], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path, _ = saved
+        monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+        (tmp_path / "temporary").mkdir()
+        program = (
+            "import sys, time, tensorport; tensorport.open(sys.argv[1]); print('open', flush=True); time.sleep(60)"
+        )
+        running, killed = (
+            subprocess.Popen([sys.executable, "-W", "ignore", "-c", program, path], stdout=subprocess.PIPE)
+            for _ in range(2)
+        )
+        try:
+            for job in (running, killed):
+                assert job.stdout is not None
+                assert job.stdout.readline() == b"open\n"
+            assert len(list((tmp_path / "temporary").glob("tensorport-orbax-*"))) == 2
+            killed.kill()
+            killed.wait()
+            program = "import sys, tensorport; tensorport.open(sys.argv[1])"
+            subprocess.run([sys.executable, "-W", "ignore", "-c", program, path], check=True)
+            # That of the process that lives is left.
+            assert len(list((tmp_path / "temporary").glob("tensorport-orbax-*"))) == 1
+        finally:
+            for job in (running, killed):
+                job.kill()
+                job.communicate()
 
 
 def assert_refused(path: Path, words: list[str]) -> None:

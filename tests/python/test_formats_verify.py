@@ -178,3 +178,16 @@ def test_values_that_the_source_does_not_make_are_found(tree: Path, source: Path
     assert tensorport.verify(tree, source, progress=False).ok
     report = tensorport.verify(tree, tmp_path / "m.safetensors", progress=False)
     assert {failure.tensor for failure in report.failures} == {"scale"}
+
+
+def test_a_source_may_have_its_tensors_in_another_order(
+    tree: Path, tmp_path: Path, write_safetensors: Callable[..., Path]
+) -> None:
+    turned = dict(reversed(TENSORS.items()))
+    other = write_safetensors(tmp_path / "m.safetensors", turned, {"note": "kept"})
+    report = tensorport.verify(tree, other, progress=False)
+    assert report.ok, report.failures
+    changed = write_safetensors(
+        tmp_path / "changed.safetensors", turned | {"b": raw("BF16", (2, 3), 5)}, {"note": "kept"}
+    )
+    assert {failure.tensor for failure in tensorport.verify(tree, changed, progress=False).failures} == {"b"}

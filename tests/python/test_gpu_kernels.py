@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_kernels.py"
 
 def test_every_kernel_is_measured_or_says_why_not(tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
-    command = [sys.executable, "-W", "ignore", SCRIPT, "--quick", "--json", lines]
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), "--quick", "--json", str(lines)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in lines.read_text("utf-8").splitlines()]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -222,6 +223,24 @@ def test_what_a_killed_download_left_is_checked_against_its_hash(
     assert_opens(REPO, array)
     assert hub.ranges(SHARD)[-1] is None
     assert left_over(tmp_path) == []
+
+
+def test_a_bit_that_a_download_flips_is_found(
+    hub: FakeHub, files: dict[str, bytes], array: np.ndarray[Any, Any], tmp_path: Path
+) -> None:
+    hub.add(REPO, files)
+    flipped = bytearray(files[SHARD])
+    flipped[-7] ^= 1
+    hub.faults[SHARD] = [Fault(content=bytes(flipped))] * 20
+    with pytest.raises(ConnectionError, match="found other bytes than its SHA-256 says"):
+        tensorport.open(REPO)
+    assert left_over(tmp_path) == []
+    hub.faults.clear()
+    assert_opens(REPO, array)
+    # Where it happens once, the file is asked for again.
+    hub.faults[SHARD] = [Fault(content=bytes(flipped))]
+    shutil.rmtree(tmp_path / "hub-cache")
+    assert_opens(REPO, array)
 
 
 @pytest.mark.parametrize("content", [b"", b"x" * (NBYTES + 1000)])

@@ -209,7 +209,7 @@ class Transfer:
                     begun = _emptied(output)
                 self._bytes_here[file.path] = begun
                 self._append(url, output, nbytes, file)
-            if begun and _SHA256.fullmatch(etag) and not _has_digest(partial, etag):
+            if _SHA256.fullmatch(etag) and not _has_digest(partial, etag):
                 partial.unlink()
                 self._bytes_here[file.path] = 0
                 raise OSError(f"{file.path}: found other bytes than its SHA-256 says, expected {etag}")

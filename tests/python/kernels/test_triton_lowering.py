@@ -47,7 +47,7 @@ def every() -> Iterator[Any]:
 def test_it_lowers_for_cuda(  # noqa: PLR0917 - what a case is made of
     op: str, case: Case, compute: Any, count: int, dtype: str, on_h200: Callable[[], Any]
 ) -> None:
-    shapes = jax.eval_shape(partial(case.arguments, dtype=jnp.dtype(dtype)), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: case.arguments(key, jnp.dtype(dtype)), jax.random.key(0))
     inputs = jax.eval_shape(OPS[op].arguments, *shapes)
     assert OPS[op].explain("pallas_triton", H200, *inputs).implementation == "pallas_triton"
     with on_h200():
@@ -59,7 +59,7 @@ def test_it_lowers_for_cuda(  # noqa: PLR0917 - what a case is made of
 def test_cases_count_the_bytes_of_their_weights(op: str) -> None:
     """Of experts those that are chosen: all, where there are enough rows."""
     for case in KERNELS[op][0]:
-        shapes = jax.eval_shape(partial(case.arguments, dtype=jnp.bfloat16), jax.random.key(0))
+        shapes = jax.eval_shape(lambda key, case=case: case.arguments(key, jnp.bfloat16), jax.random.key(0))
         codes = [leaf for leaf in jax.tree.leaves(shapes) if leaf.dtype == jnp.uint8]
         total = sum(array.size * array.dtype.itemsize for array in codes or shapes[1:3])
         experts = {"mxfp4.expert_matmul": 1, "mxfp4.moe": 3}.get(op)
