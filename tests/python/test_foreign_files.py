@@ -271,6 +271,36 @@ class TestOrbax:
                 job.communicate()
 
 
+STORED = Path(__file__).parents[1] / "data" / "foreign"
+
+
+@pytest.mark.filterwarnings("ignore:.*an Orbax checkpoint")
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("flax.msgpack", 6),
+        ("protocol3.pkl", 6),
+        ("protocol4.pkl", 6),
+        ("protocol5.pkl", 6),
+        ("jax.pkl", 2),
+        ("model.safetensors", 5),
+        ("orbax", 6),
+        ("orbax_plain", 6),
+    ],
+)
+def test_files_that_earlier_versions_wrote_are_read(name: str, count: int) -> None:
+    """Made by tests/data/make_foreign_files.py; tests/data/README.md says by which versions."""
+    found = tensorport.open(STORED / name)
+    assert len(found) == count
+    with np.load(STORED / "expected.npz") as expected:
+        for tensor, array in found.items():
+            assert array.tobytes() == expected[tensor].tobytes(), tensor
+    shapes = {"dense.kernel": (3, 5), "dense.bias": (5,), "embedding": (7, 2), "table": (6,), "counts": (4,)}
+    assert {tensor: array.shape for tensor, array in found.items()} == {
+        tensor: shape for tensor, shape in (shapes | {"mask": (2, 1)}).items() if tensor in found
+    }
+
+
 def assert_refused(path: Path, words: list[str]) -> None:
     with pytest.raises(tensorport.CheckpointError) as caught:
         tensorport.open(path)
