@@ -160,14 +160,19 @@ impl Checkpoint {
             None => names.iter().filter(|name| name.ends_with(SAFETENSORS_SUFFIX)).collect::<Vec<_>>(),
         };
         if files.is_empty() {
+            let other = names.iter().find(|name| FileFormat::of(Path::new(name)).is_some());
             let found = if names.iter().any(|name| name == journal::JOURNAL_NAME) {
-                "an unfinished conversion (convert with resume finishes it)"
+                "an unfinished conversion (convert with resume finishes it)".into()
+            } else if let Some(other) = other {
+                format!(
+                    "a directory without *.safetensors files, but with {other}, which is read if it is named itself"
+                )
             } else {
-                "a directory without *.safetensors files"
+                "a directory without *.safetensors files".into()
             };
             return Err(Error::NoCheckpoint {
                 path: source.to_path_buf(),
-                found: found.into(),
+                found,
                 expected: "safetensors files, an index of them, or a converted tree with its manifest.json".into(),
             });
         }
@@ -471,8 +476,12 @@ impl Builder {
                 let part = self.tensors[index as usize].parts.first();
                 part.map_or(self.root.as_path(), |part| &self.files[part.file].path)
             };
-            let found = format_args!("the name also in {}", path_of(first).display());
-            return Err(Error::tensor(path_of(second), name(&second), found, "each tensor in one file"));
+            let (before, path) = (path_of(first), path_of(second));
+            if before == path {
+                return Err(Error::tensor(path, name(&second), "the name twice", "each tensor once"));
+            }
+            let found = format_args!("the name also in {}", before.display());
+            return Err(Error::tensor(path, name(&second), found, "each tensor in one file"));
         }
         Ok(by_name)
     }

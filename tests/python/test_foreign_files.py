@@ -271,6 +271,16 @@ class TestOrbax:
                 job.communicate()
 
 
+def test_a_folder_with_such_a_file_alone_names_it(tmp_path: Path, tree: Tree) -> None:
+    (tmp_path / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree["params"]))
+    assert_refused(tmp_path, ["without *.safetensors files, but with flax_model.msgpack"])
+
+
+def test_keys_that_make_one_name_are_told(tmp_path: Path) -> None:
+    (tmp_path / "m.pkl").write_bytes(pickle.dumps({"a.b": np.ones(3), "a": {"b": np.ones(2)}}))
+    assert_refused(tmp_path / "m.pkl", ['"a.b"', "the name twice"])
+
+
 STORED = Path(__file__).parents[1] / "data" / "foreign"
 
 
