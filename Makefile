@@ -104,9 +104,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/mxfp4_codec.py
 	$(BIN)/python benchmarks/generate.py --where $(BENCH_DISK) --batch 1 --batch 4
 
-# Under two minutes on a GPU. BENCH_PYTHON: a Python whose jax drives it; another than the default needs no .venv here.
+# BENCH_PYTHON: a Python whose jax drives the GPU, with tensorport's wheel installed for the kernels; another than the
+# default needs no .venv here. The ceiling takes under two minutes on a GPU, and needs jax alone.
 bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
 	$(BENCH_PYTHON) benchmarks/gpu_ceiling.py
+	$(BENCH_PYTHON) benchmarks/gpu_kernels.py
 
 clean:
 	rm -rf $(VENV) $(NEWEST_VENV) target dist
