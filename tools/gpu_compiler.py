@@ -37,6 +37,7 @@ _SHARDING = jax.sharding.SingleDeviceSharding(_TOPOLOGY.devices[0])
 _MESH = jax.sharding.AbstractMesh(
     (1,),
     ("device",),
+    (jax.sharding.AxisType.Auto,),
     abstract_device=jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu"),
 )
 

@@ -200,8 +200,13 @@ def matrix_products(
         return sums
 
     zeros = jnp.zeros((x_rows.is_there.size, rows.is_there.size), jnp.float32)
-    tiles = pl.cdiv(nbytes, tiling.block_k)
-    out: Array = jax.lax.fori_loop(0, tiles if is_needed is True else jnp.where(is_needed, tiles, 0), add_tile, zeros)
+
+    def add_tiles() -> Float[Array, "m n"]:
+        sums: Array = jax.lax.fori_loop(0, pl.cdiv(nbytes, tiling.block_k), add_tile, zeros)
+        return sums
+
+    # Not a loop without turns: Triton wants its bounds of one type, and a number that is computed has another.
+    out: Array = add_tiles() if is_needed is True else jax.lax.cond(is_needed, add_tiles, lambda: zeros)
     return out
 
 
