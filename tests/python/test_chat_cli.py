@@ -1,10 +1,12 @@
 """`tensorport chat`: questions from a pipe and from a terminal, the history that templates see, and Ctrl-C."""
 
 import io
+import json
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -304,10 +306,30 @@ class Terminal:
         os.close(self._reader)
 
 
-def test_a_chat_at_a_terminal(two_layers: Path) -> None:
+@pytest.fixture
+def endless(two_layers: Path, tmp_path: Path) -> Path:
+    """A model that never ends an answer by itself: the rows of the head for tokens that do are zero."""
+    shutil.copytree(two_layers, tmp_path / "endless")
+    file = tmp_path / "endless" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    data = 8 + int.from_bytes(content[:8], "little")
+    start, _ = json.loads(content[8:data])["lm_head.weight"]["data_offsets"]
+    tokens = json.loads((tmp_path / "endless" / "tokenizer.json").read_text("utf-8"))["added_tokens"]
+    ids = [
+        token["id"] for token in tokens if token["content"] in {"<|end|>", "<|call|>", "<|endoftext|>", "<|return|>"}
+    ]
+    assert len(ids) == 4
+    nbytes = 2 * json.loads((tmp_path / "endless" / "config.json").read_text("utf-8"))["hidden_size"]
+    for row in ids:
+        content[data + start + row * nbytes : data + start + (row + 1) * nbytes] = bytes(nbytes)
+    file.write_bytes(content)
+    return tmp_path / "endless"
+
+
+def test_a_chat_at_a_terminal(endless: Path) -> None:
     """Everything in one session, for each compiles anew."""
-    # So many tokens that Ctrl-C comes before their end, and an answer that no end token ends early.
-    terminal = Terminal("--model", str(two_layers), "--max-new-tokens", "100000", "--top-k", "1")
+    # So many tokens that Ctrl-C comes before their end.
+    terminal = Terminal("--model", str(endless), "--max-new-tokens", "100000", "--top-k", "1")
     try:
         assert b"JAX compiles" in terminal.until(b"/help lists commands.")
         terminal.waits_at_prompt()
