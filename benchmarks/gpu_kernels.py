@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import gpu_ceiling
 
 CACHE_BYTES = 1 << 28  # several times the largest cache of a GPU
-CASES_ON_CPU_S = "too much for a CPU, where --quick alone makes sense"
+TOO_MUCH_FOR_A_CPU = "too much for a CPU, where --quick alone makes sense"
 
 
 class Measured(NamedTuple):
@@ -108,7 +108,7 @@ def _time(  # noqa: PLR0917 - what a case is made of
     setting: gpu_ceiling.Setting, measured: Measured, case: Case, implementation: str, dtype: str, is_quick: bool
 ) -> gpu_ceiling.Result:
     if not setting.is_gpu and not is_quick:
-        raise gpu_ceiling.Skip(CASES_ON_CPU_S)
+        raise gpu_ceiling.Skip(TOO_MUCH_FOR_A_CPU)
     compute, note = _function(setting, measured, case, implementation, dtype)
     # At least two sets of arguments, so that each leaves the caches before its next turn.
     sets = max(2, math.ceil((0 if is_quick else CACHE_BYTES) / max(case.weight_bytes, 1)))

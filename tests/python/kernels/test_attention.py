@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorport
+from attention_cases import B, attention_inputs
 from mxfp4_cases import EPSILON, float64, random_array, temporary_bytes
 from numpy.typing import NDArray
 from tensorport import kernels
@@ -23,7 +24,7 @@ from tensorport.kernels.attention.types import Settings
 from tensorport.kernels.registry import Device
 
 DTYPES = ["bfloat16", "float16", "float32", "float64"]
-B, T, S, N, G, D = 2, 5, 11, 12, 3, 8  # rows, queries, keys, heads of queries and of keys, width of a head
+T, S, N, G, D = 5, 11, 12, 3, 8  # queries, keys, heads of queries and of keys, width of a head
 
 Args = tuple[Any, ...]
 
@@ -31,20 +32,7 @@ Args = tuple[Any, ...]
 def inputs(
     queries: int = T, keys: int = S, *, heads: int = N, key_heads: int = G, dtype: Any = jnp.float32, seed: int = 0
 ) -> Args:
-    """All arguments. The first row is full; the second has two empty slots, and its last query is padding."""
-    rng = np.random.default_rng(seed)
-    key_positions = np.stack([rng.permutation(keys) for _ in range(B)])
-    key_positions[1] = np.where(key_positions[1] >= keys - 2, -1, key_positions[1])
-    query_positions = np.stack([np.arange(queries) + max(keys - queries, 0), np.arange(queries)])
-    query_positions[1, queries - 1 :] = -1
-    return (
-        random_array(B, queries, heads, D, dtype=dtype, seed=seed),
-        random_array(B, keys, key_heads, D, dtype=dtype, seed=seed + 1),
-        random_array(B, keys, key_heads, D, dtype=dtype, seed=seed + 2),
-        jnp.asarray(query_positions, jnp.int32),
-        jnp.asarray(key_positions, jnp.int32),
-        random_array(heads, dtype=dtype, seed=seed + 3),
-    )
+    return attention_inputs(queries, keys, heads, key_heads, D, dtype, seed)
 
 
 def expected(args: Args, sliding_window: int | None = None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mxfp4_cases import float64, random_array
+from attention_cases import B, attention_inputs
+from mxfp4_cases import float64
 from numpy.typing import NDArray
 from tensorport.kernels.attention import pallas_triton, xla
 from tensorport.kernels.attention.configs import TritonConfig
@@ -17,28 +18,15 @@ from tensorport.kernels.registry import OPS, Device
 # JAX 0.11 announces that its backend for Triton will go.
 pytestmark = pytest.mark.filterwarnings("ignore:.*[Tt]riton.*:DeprecationWarning")
 
-B, N, G, D = 2, 12, 3, 16  # rows of the batch, heads of queries and of keys, width of a head
+N, G, D = 12, 3, 16  # heads of queries and of keys, width of a head
 attention: Any = partial(pallas_triton.attention, interpret=True)
 
 # Of the largest value: sums in float32, and where the shares are rounded to the dtype of the values, that.
 TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-9, "float32": 1e-5}
 
 
-def inputs(queries: int, keys: int, dtype: Any = jnp.float32, seed: int = 0) -> tuple[Any, ...]:
-    """All arrays. The first row is full; the second has two empty slots, and its last query is padding."""
-    rng = np.random.default_rng(seed)
-    key_positions = np.stack([rng.permutation(keys) for _ in range(B)])
-    key_positions[1] = np.where(key_positions[1] >= keys - 2, -1, key_positions[1])
-    query_positions = np.stack([np.arange(queries) + max(keys - queries, 0), np.arange(queries)])
-    query_positions[1, queries - 1 :] = -1
-    return (
-        random_array(B, queries, N, D, dtype=dtype, seed=seed),
-        random_array(B, keys, G, D, dtype=dtype, seed=seed + 1),
-        random_array(B, keys, G, D, dtype=dtype, seed=seed + 2),
-        jnp.asarray(query_positions, jnp.int32),
-        jnp.asarray(key_positions, jnp.int32),
-        random_array(N, dtype=dtype, seed=seed + 3),
-    )
+def inputs(queries: int, keys: int, dtype: Any = jnp.float32) -> tuple[Any, ...]:
+    return attention_inputs(queries, keys, N, G, D, dtype)
 
 
 def settings(sliding_window: int | None = None) -> Settings:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import moe_cases
 import mxfp4_oracle as oracle
 import numpy as np
 import pytest
@@ -78,42 +79,21 @@ TOLERANCE = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 1e-5}
 
 
 class TestMoe:
-    E, H, WIDTH, CHOICES = 6, 96, 160, 3
     ACTIVATION = Activation(7.0, 1.702)
 
-    def inputs(self, tokens: int, dtype: str = "float32", seed: int = 0) -> tuple[Any, Any, Any, Experts]:
-        """Gates and ups reach beyond the limit now and then."""
-        rng = np.random.default_rng(seed)
-        chosen = np.stack([rng.permutation(self.E)[: self.CHOICES] for _ in range(tokens)])
-        experts = Experts(
-            random_weights(self.E, 2 * self.WIDTH, self.H, seed=seed + 1, scales=(119, 126)),
-            random_array(self.E, 2 * self.WIDTH, dtype=dtype, seed=seed + 2),
-            random_weights(self.E, self.H, self.WIDTH, seed=seed + 3, scales=(117, 124)),
-            random_array(self.E, self.H, dtype=dtype, seed=seed + 4),
-        )
-        weights = jnp.asarray(rng.random((tokens, self.CHOICES)), dtype)
-        return random_array(tokens, self.H, dtype=dtype, seed=seed), jnp.asarray(chosen, jnp.int32), weights, experts
+    def inputs(self, tokens: int, dtype: str = "float32") -> tuple[Any, Any, Any, Experts]:
+        x, chosen, weights, *experts = moe_cases.inputs(tokens, dtype)
+        return x, chosen, weights, Experts(*experts)
 
     def expected(self, x: Any, chosen: Any, weights: Any, experts: Experts, activation: Activation = ACTIVATION) -> Any:
-        """The formula in float64, token by token."""
-        gate_up, down = (
-            oracle.decode(np.asarray(w.blocks), np.asarray(w.scales)) for w in (experts.gate_up, experts.down)
-        )
-        out = np.zeros(x.shape)
-        for token, row in enumerate(float64(x)):
-            for expert, weight in zip(np.asarray(chosen)[token], float64(weights)[token], strict=True):
-                h = gate_up[expert] @ row + float64(experts.gate_up_bias)[expert]
-                gate, up = np.minimum(h[::2], activation.limit), h[1::2].clip(-activation.limit, activation.limit)
-                a = gate / (1 + np.exp(-activation.alpha * gate)) * (up + 1)
-                out[token] += weight * (down[expert] @ a + float64(experts.down_bias)[expert])
-        return out
+        return moe_cases.expected((x, chosen, weights, *experts), *activation)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("tokens", [1, FEW, 6, MANY])
     def test_values_are_those_of_the_formula(self, tokens: int, dtype: str) -> None:
         args = self.inputs(tokens, dtype)
         found = moe(*args, self.ACTIVATION)
-        assert (found.dtype, found.shape) == (args[0].dtype, (tokens, self.H))
+        assert (found.dtype, found.shape) == (args[0].dtype, (tokens, moe_cases.H))
         wanted = self.expected(*args)
         np.testing.assert_allclose(float64(found), wanted, rtol=0, atol=TOLERANCE[dtype] * np.abs(wanted).max())
 
@@ -142,8 +122,8 @@ class TestMoe:
         found = np.asarray(moe(x, marked, jnp.where(is_here, weights, jnp.nan), experts, self.ACTIVATION))
         wanted = self.expected(x, chosen, jnp.where(is_here, weights, 0), experts)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
-        np.testing.assert_array_equal(found[3], np.zeros(self.H))
-        marked = marked.at[3, 1].set(self.E).at[4, 2].set(-1)
+        np.testing.assert_array_equal(found[3], np.zeros(moe_cases.H))
+        marked = marked.at[3, 1].set(moe_cases.E).at[4, 2].set(-1)
         found = np.asarray(moe(x, marked, weights, experts, self.ACTIVATION))
         np.testing.assert_array_equal(np.isnan(found).all(axis=1), np.isin(np.arange(tokens), [3, 4]))
         assert np.isnan(found).any(axis=1).sum() == 2
