@@ -26,8 +26,10 @@ class Stop(Exception):  # noqa: N818 - what a user's callback raises need not be
 
 
 def journal_lines(output: Path) -> list[bytes]:
-    journal = output / "journal.jsonl"
-    return journal.read_bytes().splitlines(keepends=True) if journal.exists() else []
+    try:
+        return (output / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:  # not begun, or done: a conversion removes it as it ends
+        return []
 
 
 def start(source: Path, output: Path, options: Options) -> "subprocess.Popen[bytes]":
