@@ -1,6 +1,6 @@
 //! How chunks of a format become what activations are multiplied by.
 
-use super::packed::Operand;
+use super::packed::{Bf16Line, F32Line, Operand};
 use crate::simd::{Plain, Vectors};
 
 /// How a format's chunks are multiplied by N of what activations are packed into.
@@ -54,7 +54,7 @@ pub(super) fn rare_factors<V: Vectors>(vectors: V, scales: u32) -> V::Floats {
     vectors.e8m0(vectors.load(zerocopy::transmute_ref!(&lanes)), 0)
 }
 
-impl<V: Vectors, const NORMAL: bool> Products<V, [f32; 16], 8> for Mxfp4<NORMAL> {
+impl<V: Vectors, const NORMAL: bool> Products<V, F32Line, 8> for Mxfp4<NORMAL> {
     type Normal = Mxfp4<true>;
     const PREFETCH_BYTES: usize = 2048;
 
@@ -63,39 +63,39 @@ impl<V: Vectors, const NORMAL: bool> Products<V, [f32; 16], 8> for Mxfp4<NORMAL>
         vectors: V,
         codes: V::Words,
         scales: u32,
-        x: [&[[f32; 16]; 8]; M],
+        x: [&[F32Line; 8]; M],
         sums: &mut [V::Floats; M],
     ) {
         let mut products = [vectors.zero(); M];
         for (j, number) in (0..4).zip(0u32..) {
             let [low, high] = vectors.e2m1_pair(codes, number);
             for m in 0..M {
-                products[m] = vectors.mul_add(low, vectors.load_f32(&x[m][j]), products[m]);
-                products[m] = vectors.mul_add(high, vectors.load_f32(&x[m][j + 4]), products[m]);
+                products[m] = vectors.mul_add(low, vectors.load_f32(&x[m][j].0), products[m]);
+                products[m] = vectors.mul_add(high, vectors.load_f32(&x[m][j + 4].0), products[m]);
             }
         }
         Self::add_scaled(vectors, products, scales, sums);
     }
 }
 
-impl<V: Vectors, const NORMAL: bool> Expand<V, [f32; 16], 8> for Mxfp4<NORMAL> {
+impl<V: Vectors, const NORMAL: bool> Expand<V, F32Line, 8> for Mxfp4<NORMAL> {
     #[inline(always)]
-    fn expand(vectors: V, codes: [V::Words; 16], scales: [u32; 16], out: &mut [[[f32; 16]; 16]; 8]) {
+    fn expand(vectors: V, codes: [V::Words; 16], scales: [u32; 16], out: &mut [[F32Line; 16]; 8]) {
         let scales = vectors.load(zerocopy::transmute_ref!(&scales));
         for block in 0..4 {
             let factors = vectors.e8m0(scales, 8 * block);
             for i in 4 * block as usize..4 * (block as usize + 1) {
                 for (j, number) in (0..4).zip(0u32..) {
                     let [low, high] = vectors.e2m1_pair(codes[i], number);
-                    out[j][i] = vectors.store_f32(vectors.mul(low, factors));
-                    out[j + 4][i] = vectors.store_f32(vectors.mul(high, factors));
+                    out[j][i] = F32Line(vectors.store_f32(vectors.mul(low, factors)));
+                    out[j + 4][i] = F32Line(vectors.store_f32(vectors.mul(high, factors)));
                 }
             }
         }
     }
 }
 
-impl<V: Vectors, const NORMAL: bool> Products<V, [u16; 32], 4> for Mxfp4<NORMAL> {
+impl<V: Vectors, const NORMAL: bool> Products<V, Bf16Line, 4> for Mxfp4<NORMAL> {
     type Normal = Mxfp4<true>;
     const PREFETCH_BYTES: usize = 2048;
 
@@ -104,7 +104,7 @@ impl<V: Vectors, const NORMAL: bool> Products<V, [u16; 32], 4> for Mxfp4<NORMAL>
         vectors: V,
         codes: V::Words,
         scales: u32,
-        x: [&[[u16; 32]; 4]; M],
+        x: [&[Bf16Line; 4]; M],
         sums: &mut [V::Floats; M],
     ) {
         let mut products = [vectors.zero(); M];
@@ -118,9 +118,9 @@ impl<V: Vectors, const NORMAL: bool> Products<V, [u16; 32], 4> for Mxfp4<NORMAL>
     }
 }
 
-impl<V: Vectors, const NORMAL: bool> Expand<V, [u16; 32], 4> for Mxfp4<NORMAL> {
+impl<V: Vectors, const NORMAL: bool> Expand<V, Bf16Line, 4> for Mxfp4<NORMAL> {
     #[inline(always)]
-    fn expand(vectors: V, codes: [V::Words; 16], scales: [u32; 16], out: &mut [[[u16; 32]; 16]; 4]) {
+    fn expand(vectors: V, codes: [V::Words; 16], scales: [u32; 16], out: &mut [[Bf16Line; 16]; 4]) {
         // Exponents that stay within bfloat16's can be added to.
         let bytes: &[u8; 64] = zerocopy::transmute_ref!(&scales);
         if bytes.iter().fold(0, |most, scale| scale.wrapping_sub(2).max(most)) > 250 {
@@ -132,7 +132,8 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [u16; 32], 4> for Mxfp4<NORMAL> {
             for i in 4 * block as usize..4 * (block as usize + 1) {
                 for (out, number) in out.iter_mut().zip(0u32..) {
                     let values = vectors.e2m1_bf16(codes[i], 4 * number);
-                    out[i] = vectors.store_bf16(vectors.add_exponents(values, codes[i], 4 * number, exponents));
+                    out[i] =
+                        Bf16Line(vectors.store_bf16(vectors.add_exponents(values, codes[i], 4 * number, exponents)));
                 }
             }
         }
@@ -142,14 +143,14 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, [u16; 32], 4> for Mxfp4<NORMAL> {
 /// As `expand`, for scales so small or large that a value may be subnormal, infinite or NaN.
 #[cold]
 #[inline(never)]
-fn expand_rare(codes: &[[u16; 32]; 16], scales: [u32; 16], out: &mut [[[u16; 32]; 16]; 4]) {
+fn expand_rare(codes: &[[u16; 32]; 16], scales: [u32; 16], out: &mut [[Bf16Line; 16]; 4]) {
     let scales = Plain.load(zerocopy::transmute_ref!(&scales));
     for (i, (codes, block)) in codes.iter().zip((0u32..4).flat_map(|block| [block; 4])).enumerate() {
         let codes = Plain.load(zerocopy::transmute_ref!(codes));
         let exponents = Plain.exponents(scales, 8 * block);
         for (out, number) in out.iter_mut().zip(0u32..) {
             let values = Plain.e2m1_bf16(codes, 4 * number);
-            out[i] = Plain.store_bf16(Plain.add_exponents(values, codes, 4 * number, exponents));
+            out[i] = Bf16Line(Plain.store_bf16(Plain.add_exponents(values, codes, 4 * number, exponents)));
         }
     }
 }
@@ -157,7 +158,7 @@ fn expand_rare(codes: &[[u16; 32]; 16], scales: [u32; 16], out: &mut [[[u16; 32]
 /// bfloat16.
 pub(super) struct Bf16;
 
-impl<V: Vectors> Products<V, [f32; 16], 2> for Bf16 {
+impl<V: Vectors> Products<V, F32Line, 2> for Bf16 {
     type Normal = Self;
     const PREFETCH_BYTES: usize = 128;
 
@@ -166,28 +167,28 @@ impl<V: Vectors> Products<V, [f32; 16], 2> for Bf16 {
         vectors: V,
         words: V::Words,
         _: u32,
-        x: [&[[f32; 16]; 2]; M],
+        x: [&[F32Line; 2]; M],
         sums: &mut [V::Floats; M],
     ) {
         let (even, odd) = (vectors.bf16_even(words), vectors.bf16_odd(words));
         for m in 0..M {
-            sums[m] = vectors.mul_add(even, vectors.load_f32(&x[m][0]), sums[m]);
-            sums[m] = vectors.mul_add(odd, vectors.load_f32(&x[m][1]), sums[m]);
+            sums[m] = vectors.mul_add(even, vectors.load_f32(&x[m][0].0), sums[m]);
+            sums[m] = vectors.mul_add(odd, vectors.load_f32(&x[m][1].0), sums[m]);
         }
     }
 }
 
-impl<V: Vectors> Expand<V, [f32; 16], 2> for Bf16 {
+impl<V: Vectors> Expand<V, F32Line, 2> for Bf16 {
     #[inline(always)]
-    fn expand(vectors: V, words: [V::Words; 16], _: [u32; 16], out: &mut [[[f32; 16]; 16]; 2]) {
+    fn expand(vectors: V, words: [V::Words; 16], _: [u32; 16], out: &mut [[F32Line; 16]; 2]) {
         for i in 0..16 {
-            out[0][i] = vectors.store_f32(vectors.bf16_even(words[i]));
-            out[1][i] = vectors.store_f32(vectors.bf16_odd(words[i]));
+            out[0][i] = F32Line(vectors.store_f32(vectors.bf16_even(words[i])));
+            out[1][i] = F32Line(vectors.store_f32(vectors.bf16_odd(words[i])));
         }
     }
 }
 
-impl<V: Vectors> Products<V, [u16; 32], 1> for Bf16 {
+impl<V: Vectors> Products<V, Bf16Line, 1> for Bf16 {
     type Normal = Self;
     const PREFETCH_BYTES: usize = 128;
 
@@ -196,7 +197,7 @@ impl<V: Vectors> Products<V, [u16; 32], 1> for Bf16 {
         vectors: V,
         words: V::Words,
         _: u32,
-        x: [&[[u16; 32]; 1]; M],
+        x: [&[Bf16Line; 1]; M],
         sums: &mut [V::Floats; M],
     ) {
         for m in 0..M {
@@ -205,11 +206,11 @@ impl<V: Vectors> Products<V, [u16; 32], 1> for Bf16 {
     }
 }
 
-impl<V: Vectors> Expand<V, [u16; 32], 1> for Bf16 {
+impl<V: Vectors> Expand<V, Bf16Line, 1> for Bf16 {
     #[inline(always)]
-    fn expand(vectors: V, words: [V::Words; 16], _: [u32; 16], out: &mut [[[u16; 32]; 16]; 1]) {
+    fn expand(vectors: V, words: [V::Words; 16], _: [u32; 16], out: &mut [[Bf16Line; 16]; 1]) {
         for i in 0..16 {
-            out[0][i] = vectors.store_bf16(words[i]);
+            out[0][i] = Bf16Line(vectors.store_bf16(words[i]));
         }
     }
 }

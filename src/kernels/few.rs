@@ -62,18 +62,21 @@ fn dot<V: Vectors, X, F: Products<V, X, N>, const N: usize, const M: usize, cons
     row: Row<'_>,
     x: [&[X]; M],
 ) -> [f32; M] {
-    // Told once that all are as long, the compiler checks no index in the loop.
-    let count = row.chunk_count();
-    let x: [&[[X; N]]; M] = x.map(|x| &x.as_chunks().0[..count]);
     let mut sums = [[vectors.zero(); M]; S];
     let (whole, rest) = row.bytes.as_chunks();
+    let scales = row.whole_scales();
+    let x: [&[[X; N]]; M] = x.map(|x| x.as_chunks().0);
     let (groups, others) = whole.as_chunks::<S>();
+    // Told once that all are as long, the compiler checks no index in the loop.
+    let scale_groups = scales.map(|scales| &scales.as_chunks::<S>().0[..groups.len()]);
+    let x_groups = x.map(|x| &x.as_chunks::<S>().0[..groups.len()]);
     for (group, chunks) in groups.iter().enumerate() {
+        let scales = scale_groups.map(|groups| &groups[group]);
         for number in 0..S {
-            let chunk = S * group + number;
             vectors.prefetch(&chunks[number], F::PREFETCH_BYTES);
             let words = vectors.load(&chunks[number]);
-            F::add_products(vectors, words, row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[number]);
+            let scales = scales.map_or(0, |scales| u32::from_le_bytes(scales[number]));
+            F::add_products(vectors, words, scales, x_groups.map(|x| &x[group][number]), &mut sums[number]);
         }
     }
     for (chunk, bytes) in (S * groups.len()..).zip(others) {
@@ -82,7 +85,7 @@ fn dot<V: Vectors, X, F: Products<V, X, N>, const N: usize, const M: usize, cons
     }
     if !rest.is_empty() {
         vectors.prefetch(rest, F::PREFETCH_BYTES);
-        let (words, chunk) = (vectors.load_part(rest), count - 1);
+        let (words, chunk) = (vectors.load_part(rest), whole.len());
         F::add_products(vectors, words, row.scales(chunk), x.map(|x| &x[chunk]), &mut sums[0]);
     }
     let mut out = [0.0; M];

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use super::expand::Expand;
 use super::matrix::{Matrix, Row};
-use super::packed::{Operand, Rows};
+use super::packed::{Bf16Line, F32Line, Operand, Rows};
 use crate::simd::Vectors;
 
 /// Rows of a matrix in a panel, as many as a vector has lanes.
@@ -184,11 +184,11 @@ pub(super) trait Scratch: Sized {
 }
 
 thread_local! {
-    static F32_SCRATCH: Cell<Vec<[f32; 16]>> = const { Cell::new(Vec::new()) };
-    static BF16_SCRATCH: Cell<Vec<[u16; 32]>> = const { Cell::new(Vec::new()) };
+    static F32_SCRATCH: Cell<Vec<F32Line>> = const { Cell::new(Vec::new()) };
+    static BF16_SCRATCH: Cell<Vec<Bf16Line>> = const { Cell::new(Vec::new()) };
 }
 
-impl Scratch for [f32; 16] {
+impl Scratch for F32Line {
     fn take_scratch() -> Vec<Self> {
         F32_SCRATCH.take()
     }
@@ -198,7 +198,7 @@ impl Scratch for [f32; 16] {
     }
 }
 
-impl Scratch for [u16; 32] {
+impl Scratch for Bf16Line {
     fn take_scratch() -> Vec<Self> {
         BF16_SCRATCH.take()
     }

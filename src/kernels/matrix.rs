@@ -122,7 +122,7 @@ pub(super) struct Row<'a> {
 /// Bytes of a row that are expanded at once, a chunk.
 pub(super) const CHUNK_BYTES: usize = 64;
 
-impl Row<'_> {
+impl<'a> Row<'a> {
     /// How many chunks it has, the last maybe in part.
     pub(super) fn chunk_count(self) -> usize {
         self.bytes.len().div_ceil(CHUNK_BYTES)
@@ -150,6 +150,12 @@ impl Row<'_> {
             (None, &[a, b, c]) => [a, b, c, ONE],
             (None, _) => [ONE; 4],
         })
+    }
+
+    /// Those of each whole chunk; none where there are no scales.
+    #[inline(always)]
+    pub(super) fn whole_scales(self) -> Option<&'a [[u8; CHUNK_BYTES / BLOCK_BYTES]]> {
+        (!self.scales.is_empty()).then_some(self.scales.as_chunks().0)
     }
 
     /// Whether all scales are normal numbers of float32: bytes 1 .. 254.

@@ -7,11 +7,23 @@
 
 use std::iter::zip;
 
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
 use super::floats::{Floats, from_bf16};
 use super::int8::{Int8Chunk, Quantize};
 use super::matrix::{CHUNK_BYTES, Format, Matrix};
 use super::threads::{Threads, for_each};
 use crate::simd::{Level, Vectors};
+
+/// Sixteen float32 where a line of the cache begins: loads that cross lines take twice as long.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C, align(64))]
+pub(super) struct F32Line(pub(super) [f32; 16]);
+
+/// As many bytes of bfloat16.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C, align(64))]
+pub(super) struct Bf16Line(pub(super) [u16; 32]);
 
 /// The values of one vector.
 pub(super) trait Operand<V: Vectors>: Copy + Send + Sync + 'static {
@@ -31,14 +43,14 @@ pub(super) trait Operand<V: Vectors>: Copy + Send + Sync + 'static {
     fn mul_add(vectors: V, a: Self::Vector, b: Self::Vector, sums: V::Floats) -> V::Floats;
 }
 
-impl<V: Vectors> Operand<V> for [f32; 16] {
+impl<V: Vectors> Operand<V> for F32Line {
     type Vector = V::Floats;
     type Lane = f32;
-    const ZERO: Self = [0.0; 16];
+    const ZERO: Self = Self([0.0; 16]);
 
     #[inline(always)]
     fn lanes(values: &[Self]) -> &[f32] {
-        values.as_flattened()
+        <[f32]>::ref_from_bytes(values.as_bytes()).expect("whole float32")
     }
 
     #[inline(always)]
@@ -48,7 +60,7 @@ impl<V: Vectors> Operand<V> for [f32; 16] {
 
     #[inline(always)]
     fn load(&self, vectors: V) -> V::Floats {
-        vectors.load_f32(self)
+        vectors.load_f32(&self.0)
     }
 
     #[inline(always)]
@@ -57,14 +69,14 @@ impl<V: Vectors> Operand<V> for [f32; 16] {
     }
 }
 
-impl<V: Vectors> Operand<V> for [u16; 32] {
+impl<V: Vectors> Operand<V> for Bf16Line {
     type Vector = V::Words;
     type Lane = [u16; 2];
-    const ZERO: Self = [0; 32];
+    const ZERO: Self = Self([0; 32]);
 
     #[inline(always)]
     fn lanes(values: &[Self]) -> &[[u16; 2]] {
-        values.as_flattened().as_chunks().0
+        <[[u16; 2]]>::ref_from_bytes(values.as_bytes()).expect("whole pairs of bfloat16")
     }
 
     #[inline(always)]
@@ -74,7 +86,7 @@ impl<V: Vectors> Operand<V> for [u16; 32] {
 
     #[inline(always)]
     fn load(&self, vectors: V) -> V::Words {
-        vectors.load(zerocopy::transmute_ref!(self))
+        vectors.load(zerocopy::transmute_ref!(&self.0))
     }
 
     #[inline(always)]
@@ -86,8 +98,8 @@ impl<V: Vectors> Operand<V> for [u16; 32] {
 /// Packed rows: of float32, of bfloat16 for processors that multiply it, or of int8 for matrices that ask for it.
 #[derive(Debug)]
 pub(super) enum Packed {
-    F32(Rows<[f32; 16]>),
-    Bf16(Rows<[u16; 32]>),
+    F32(Rows<F32Line>),
+    Bf16(Rows<Bf16Line>),
     Int8(Rows<Int8Chunk>),
 }
 
@@ -149,30 +161,37 @@ impl Packed {
 /// Rows that one task packs: about as long as it takes to wake a thread.
 const ROWS_OF_TASK: usize = 8;
 
-fn pack<T: Copy + Default + Send, const LANES: usize>(
+/// Rows of T in lines of X.
+fn pack<T, X>(
     threads: &dyn Threads,
     rows: usize,
     matrix: &Matrix<'_>,
     write: impl Fn(usize, &mut [T]) + Sync,
-) -> Rows<[T; LANES]> {
+) -> Rows<X>
+where
+    T: Copy + FromBytes + IntoBytes,
+    X: Clone + Send + FromBytes + IntoBytes,
+{
+    let lanes = CHUNK_BYTES / size_of::<T>();
     let columns = matrix.columns();
     let values_of_chunk = match matrix.format() {
         Format::Mxfp4 => 2 * CHUNK_BYTES,
         Format::Bf16 => CHUNK_BYTES / 2,
     };
-    let vectors_of_chunk = values_of_chunk / LANES;
+    let vectors_of_chunk = values_of_chunk / lanes;
     let chunks_of_row = columns.div_ceil(values_of_chunk);
     let vectors_of_row = chunks_of_row * vectors_of_chunk;
-    let mut vectors = vec![[T::default(); LANES]; rows * vectors_of_row];
+    let mut vectors = vec![X::new_zeroed(); rows * vectors_of_row];
     let rows_of_task = vectors.chunks_mut((ROWS_OF_TASK * vectors_of_row).max(1));
     for_each(threads, rows_of_task.enumerate(), &|(task, vectors)| {
-        let mut values = vec![T::default(); chunks_of_row * values_of_chunk];
+        let mut values = vec![T::new_zeroed(); chunks_of_row * values_of_chunk];
         for (row, vectors) in (task * ROWS_OF_TASK..).zip(vectors.chunks_exact_mut(vectors_of_row)) {
             write(row, &mut values[..columns]);
-            let chunks = values.chunks_exact(values_of_chunk);
-            for (vectors, values) in zip(vectors.chunks_exact_mut(vectors_of_chunk), chunks) {
+            let packed = <[T]>::mut_from_bytes(vectors.as_mut_bytes()).expect("whole values");
+            for (packed, values) in zip(packed.chunks_exact_mut(values_of_chunk), values.chunks_exact(values_of_chunk))
+            {
                 for (lane, values) in values.chunks_exact(vectors_of_chunk).enumerate() {
-                    zip(&mut *vectors, values).for_each(|(vector, value)| vector[lane] = *value);
+                    zip(packed[lane..].iter_mut().step_by(lanes), values).for_each(|(packed, value)| *packed = *value);
                 }
             }
         }
