@@ -104,11 +104,13 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/mxfp4_codec.py
 	$(BIN)/python benchmarks/generate.py --where $(BENCH_DISK) --batch 1 --batch 4
 
-# BENCH_PYTHON: a Python whose jax drives the GPU, with tensorport's wheel installed for the kernels; another than the
-# default needs no .venv here. The ceiling takes under two minutes on a GPU, and needs jax alone.
+# BENCH_PYTHON: a Python whose jax drives the GPU, with tensorport's wheel installed for the kernels and the model; another
+# than the default needs no .venv here. The ceiling takes under two minutes on a GPU, and needs jax alone; the model ends
+# after eight, and measures transformers too where BENCH_PYTHON has it.
 bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
 	$(BENCH_PYTHON) benchmarks/gpu_ceiling.py
 	$(BENCH_PYTHON) benchmarks/gpu_kernels.py
+	$(BENCH_PYTHON) benchmarks/gpu_model.py --json gpu_model.jsonl
 
 clean:
 	rm -rf $(VENV) $(NEWEST_VENV) target dist
