@@ -12,10 +12,13 @@ NEWEST_VENV := .venv-newest
 # Rust tests of the binding embed Python, so they need its shared library.
 LIBPYTHON_DIR := $(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config_var('LIBDIR') if s.get_config_var('Py_ENABLE_SHARED') else '')")
 
+# A Python of the machine's own for what needs a GPU, torch or other tools beside this package.
+BENCH_PYTHON ?= $(BIN)/python
+
 RUST_SOURCES := $(shell find src -type f) Cargo.toml Cargo.lock pyproject.toml
 WHEEL_STAMP := dist/.built
 
-.PHONY: demo test test-rust test-arm test-python test-newest lint format miri sanitize bench bench-gpu clean
+.PHONY: demo test test-rust test-arm test-python test-newest lint format miri sanitize test-gpu bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tensorport demo
@@ -55,6 +58,11 @@ else
 	@echo "no second Python on this machine: the tests ran on $$($(PYTHON) --version) alone"
 endif
 
+# On a machine with a GPU: kernels and the model on fresh random inputs, which `make test` skips. BENCH_PYTHON: see bench-gpu;
+# it needs pytest, hypothesis and beartype too.
+test-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
+	$(BENCH_PYTHON) -m pytest -m gpu -rs
+
 lint: $(VENV)/.dev
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
@@ -89,7 +97,6 @@ sanitize:
 
 # Some 70 minutes on two cores. BENCH_PYTHON: a Python with numpy, safetensors, ml_dtypes and perhaps torch, for the
 # scripts written by hand; BENCH_DISK: a folder on a disk.
-BENCH_PYTHON ?= $(BIN)/python
 BENCH_DISK ?= .
 bench: $(VENV)/.dev
 	cargo bench --bench kernels
@@ -104,11 +111,13 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/mxfp4_codec.py
 	$(BIN)/python benchmarks/generate.py --where $(BENCH_DISK) --batch 1 --batch 4
 
-# BENCH_PYTHON: a Python whose jax drives the GPU, with tensorport's wheel installed for the kernels; another than the
-# default needs no .venv here. The ceiling takes under two minutes on a GPU, and needs jax alone.
+# BENCH_PYTHON: a Python whose jax drives the GPU, with tensorport's wheel installed for the kernels and the model; another
+# than the default needs no .venv here. The ceiling takes under two minutes on a GPU, and needs jax alone; the model ends
+# after eight, and measures transformers too where BENCH_PYTHON has it.
 bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
 	$(BENCH_PYTHON) benchmarks/gpu_ceiling.py
 	$(BENCH_PYTHON) benchmarks/gpu_kernels.py
+	$(BENCH_PYTHON) benchmarks/gpu_model.py --json gpu_model.jsonl
 
 clean:
 	rm -rf $(VENV) $(NEWEST_VENV) target dist

@@ -306,13 +306,15 @@ def lower_for_cuda(function: Callable[..., Any], *args: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Captured:
-    """Kernels and loops inside command buffers and outside them."""
+    """Kernels, loops and branches inside command buffers and outside them."""
 
     graphs: int = 0
     kernels_inside: int = 0
     kernels_outside: int = 0
     loops_inside: int = 0
     loops_outside: int = 0
+    branches_inside: int = 0
+    branches_outside: int = 0
 
     @property
     def kernels(self) -> int:
@@ -345,6 +347,8 @@ def count_captured(thunks: str) -> Captured:
             counts[f"kernels_{where}"] += 1
         elif kind == "kWhile":
             counts[f"loops_{where}"] += 1
+        elif kind == "kConditional":
+            counts[f"branches_{where}"] += 1
     return Captured(**counts)
 
 

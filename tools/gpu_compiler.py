@@ -48,7 +48,8 @@ def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
 
 
 def compile_for_gpu(function: Any, *arguments: Any, **options: Any) -> jax.stages.Compiled:
-    """The function compiled for an H200; arguments are trees of :func:`array`."""
+    """The function compiled for an H200; arguments are trees of :func:`array`, besides the static ones of a jit."""
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
     with jax.sharding.use_abstract_mesh(_MESH):
-        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+        lowered = jitted.trace(*arguments).lower(lowering_platforms=("cuda",))
     return lowered.compile(compiler_options=options)

@@ -82,6 +82,12 @@ def _strict_promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests for a GPU say why they do not run."""
+    if item.get_closest_marker("gpu") and jax.default_backend() != "gpu":
+        pytest.skip(f"needs a GPU, found {jax.default_backend()}")
+
+
 OPS_WITH_NATIVE = (
     "test_mxfp4_matmul",
     "test_mxfp4_expert_matmul",

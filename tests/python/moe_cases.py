@@ -1,6 +1,6 @@
 """Arrays of a mixture of experts, and its formula: what its tests share."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import mxfp4_oracle as oracle
@@ -11,18 +11,30 @@ from numpy.typing import NDArray
 E, H, WIDTH, CHOICES = 6, 96, 160, 3  # experts, stream, width between the layers, experts of a token
 
 
-def inputs(tokens: int, dtype: Any = jnp.float32, seed: int = 0) -> tuple[Any, ...]:
+class Sizes(NamedTuple):
+    """Those of a mixture, and its scales: codes under them keep the stream's size."""
+
+    experts: int = E
+    hidden: int = H
+    width: int = WIDTH
+    choices: int = CHOICES
+    gate_up_scales: tuple[int, int] = (119, 126)
+    down_scales: tuple[int, int] = (117, 124)
+
+
+def inputs(tokens: int, dtype: Any = jnp.float32, seed: int = 0, sizes: Sizes = Sizes()) -> tuple[Any, ...]:  # noqa: B008 - frozen
     """All arguments; gates and ups reach beyond the limit now and then."""
     rng = np.random.default_rng(seed)
-    chosen = np.stack([rng.permutation(E)[:CHOICES] for _ in range(tokens)]).reshape(tokens, CHOICES)
+    experts, hidden, width, choices, gate_up_scales, down_scales = sizes
+    chosen = np.stack([rng.permutation(experts)[:choices] for _ in range(tokens)]).reshape(tokens, choices)
     return (
-        random_array(tokens, H, dtype=dtype, seed=seed),
+        random_array(tokens, hidden, dtype=dtype, seed=seed),
         jnp.asarray(chosen, jnp.int32),
-        jnp.asarray(rng.random((tokens, CHOICES)), dtype),
-        random_weights(E, 2 * WIDTH, H, seed=seed + 1, scales=(119, 126)),
-        random_array(E, 2 * WIDTH, dtype=dtype, seed=seed + 2),
-        random_weights(E, H, WIDTH, seed=seed + 3, scales=(117, 124)),
-        random_array(E, H, dtype=dtype, seed=seed + 4),
+        jnp.asarray(rng.random((tokens, choices)), dtype),
+        random_weights(experts, 2 * width, hidden, seed=seed + 1, scales=gate_up_scales),
+        random_array(experts, 2 * width, dtype=dtype, seed=seed + 2),
+        random_weights(experts, hidden, width, seed=seed + 3, scales=down_scales),
+        random_array(experts, hidden, dtype=dtype, seed=seed + 4),
     )
 
 

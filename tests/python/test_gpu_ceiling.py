@@ -40,6 +40,20 @@ condition:
       body:
         005: kCustomKernel [source       | next=006 (1)] loop_add_fusion grid: [1, 1, 1]
 """
+THUNKS_OF_BRANCHES = """\
+000: kCommandBuffer [source | sink]
+    001: kConditional [source | sink]
+      false_branch:
+        002: kCopy [source | sink] kCopy
+      true_branch:
+        003: kKernel [source | sink] some grid: [1, 1, 1]
+004: kConditional [prev=000 (1) | sink]
+  false_branch:
+    000: kCommandBuffer [source | sink]
+        005: kKernel [source | sink] some grid: [1, 1, 1]
+  true_branch:
+    006: kKernel [source | sink] other grid: [1, 1, 1]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +132,14 @@ def test_a_case_that_fails_is_a_row_and_the_others_run(ceiling: Any, setting: An
 
 def test_captured_kernels_are_told_from_others_by_their_indent(ceiling: Any) -> None:
     loop = ceiling.count_captured(THUNKS_OF_A_LOOP)
-    assert dataclasses.astuple(loop) == (1, 2, 2, 0, 1)
+    assert dataclasses.astuple(loop) == (1, 2, 2, 0, 1, 0, 0)
     assert str(loop) == "2 of 4 kernels in 1 command buffer, the loop outside"
     assert str(ceiling.count_captured(THUNKS_OF_A_CAPTURED_LOOP)) == "2 of 2 kernels in 1 command buffer, the loop too"
+
+
+def test_branches_are_counted_where_the_host_takes_them(ceiling: Any) -> None:
+    branches = ceiling.count_captured(THUNKS_OF_BRANCHES)
+    assert dataclasses.astuple(branches) == (2, 2, 1, 0, 0, 1, 1)
 
 
 def test_the_dump_after_thunk_passes_is_preferred(ceiling: Any, tmp_path: Path) -> None:

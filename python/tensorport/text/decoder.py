@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from tensorport.text.sampling import Sampling, sample, token_keys
 
 __all__ = [
+    "CAPTURES_LOOP",
     "MAX_TOKENS_PER_DISPATCH",
+    "ONE_GRAPH",
     "Decoder",
     "Made",
     "Placement",
     "Settings",
     "first_token",
+    "loop_for",
     "more_tokens",
     "new_cache",
     "placement",
@@ -29,6 +32,20 @@ __all__ = [
 
 MAX_TOKENS_PER_DISPATCH = 64
 """Size of the buffer that one call of `more_tokens` fills."""
+
+CAPTURES_LOOP = False
+"""Whether on NVIDIA GPUs all tokens of a dispatch are one CUDA graph: compiled so for an H200, not run on a GPU yet.
+
+XLA of 2025 ended the process at the second run of such a graph (https://github.com/openxla/xla/pull/35760).
+"""
+
+ONE_GRAPH: Final[dict[str, Any]] = {
+    # What XLA captures by default, and loops and branches: else the host decides after each token whether to go on.
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
+    # A loop counts as one command, and by default a graph has five or more.
+    "xla_gpu_graph_min_graph_size": 1,
+}
+"""XLA's compile options (DebugOptions in xla.proto) by which `more_tokens` becomes one CUDA graph."""
 
 _SMALLEST_CHUNK = 16
 """Where the sizes of chunks begin that are compiled for."""
@@ -176,8 +193,7 @@ def first_token(  # noqa: PLR0917 - as above
     return Made(ids[:, None], logprobs[:, None], count, done_after), seen
 
 
-@partial(jax.jit, static_argnames=("decoder", "place"), donate_argnames=("cache", "seen"))
-def more_tokens(  # noqa: PLR0917 - as above
+def _more_tokens(  # noqa: PLR0917 - as above
     decoder: Decoder,
     place: Placement,
     params: Any,
@@ -219,6 +235,19 @@ def more_tokens(  # noqa: PLR0917 - as above
     state = (jnp.int32(0), tokens, made, cache, seen)
     _, _, made, cache, seen = jax.lax.while_loop(unfinished, one_more, state)
     return made, _kept(cache, place), seen
+
+
+_jit_loop = partial(jax.jit, static_argnames=("decoder", "place"), donate_argnames=("cache", "seen"))
+more_tokens = _jit_loop(_more_tokens)
+_more_tokens_in_one_graph = _jit_loop(_more_tokens, compiler_options=ONE_GRAPH)
+
+
+def loop_for(cache: Any) -> Any:
+    """`more_tokens`, compiled for where the cache is."""
+    devices = {device for leaf in jax.tree.leaves(cache) for device in leaf.devices()}
+    # AMD's GPUs are of the same platform.
+    are_nvidia = all(device.platform == "gpu" and "cuda" in device.client.platform_version for device in devices)
+    return _more_tokens_in_one_graph if CAPTURES_LOOP and are_nvidia else more_tokens
 
 
 def _draw(

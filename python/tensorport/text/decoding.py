@@ -24,7 +24,7 @@ from tensorport.text.decoder import (
     Made,
     Settings,
     first_token,
-    more_tokens,
+    loop_for,
     new_cache,
     placement,
     prefill,
@@ -205,6 +205,7 @@ class _Loop:
         self.stats.first_token_s = time.perf_counter() - begin
         yield from self._delivered(step, fault)
 
+        more_tokens = loop_for(cache)
         made_tokens, size, warm = 1, tokens_per_dispatch or 1, False
         while made_tokens < max_new_tokens and not self.done.all():
             begin = time.perf_counter()

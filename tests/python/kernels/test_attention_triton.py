@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import B, attention_inputs
+from attention_cases import B, attention_inputs, expected
 from mxfp4_cases import float64
-from numpy.typing import NDArray
 from tensorport.kernels.attention import pallas_triton, xla
 from tensorport.kernels.attention.configs import TritonConfig
 from tensorport.kernels.attention.types import Settings
@@ -31,25 +30,6 @@ def inputs(queries: int, keys: int, dtype: Any = jnp.float32) -> tuple[Any, ...]
 
 def settings(sliding_window: int | None = None) -> Settings:
     return Settings(D**-0.5, sliding_window)
-
-
-def expected(args: tuple[Any, ...], sliding_window: int | None = None) -> NDArray[np.float64]:
-    """The formula in float64, query by query."""
-    *floats, at, of, sinks = args
-    query, key, value = map(float64, floats)
-    out = np.zeros(query.shape)
-    for row, number, head in np.ndindex(query.shape[:3]):
-        position, group = int(at[row, number]), head // (N // G)
-        first = 0 if sliding_window is None else max(position - sliding_window + 1, 0)
-        seen = [slot for slot, other in enumerate(np.asarray(of[row])) if first <= other <= position]
-        if not seen:
-            continue
-        scores = key[row, seen, group] @ query[row, number, head] * D**-0.5
-        sink = -np.inf if sinks is None else float64(sinks)[head]
-        largest = max(scores.max(), sink)
-        shares = np.exp(scores - largest)
-        out[row, number, head] = shares @ value[row, seen, group] / (shares.sum() + np.exp(sink - largest))
-    return out
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

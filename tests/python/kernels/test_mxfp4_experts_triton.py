@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import moe_cases
-import mxfp4_oracle as oracle
 import numpy as np
 import pytest
-from mxfp4_cases import assert_close, float64, random_array, random_weights
+from mxfp4_cases import assert_close, expert_products, float64, random_array, random_weights, scales_at_their_ends
 from tensorport.kernels.mxfp4_expert_matmul import pallas_triton as expert_matmul_triton
 from tensorport.kernels.mxfp4_moe import pallas_triton as moe_triton
 from tensorport.kernels.mxfp4_moe.types import ELSEWHERE, Activation, Experts
@@ -30,10 +29,6 @@ moe: Any = partial(moe_triton.moe, interpret=True)
 class TestExpertMatmul:
     E, N, K = 6, 70, 96
 
-    def expected(self, x: Any, w: MXFP4Array, ids: Any) -> tuple[Any, Any]:
-        dense = oracle.decode(np.asarray(w.blocks), np.asarray(w.scales))[np.asarray(ids)]
-        return np.einsum("tk,tnk->tn", float64(x), dense), np.einsum("tk,tnk->tn", np.abs(float64(x)), np.abs(dense))
-
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("tokens", [1, FEW, 16, 17, MANY, 300])
     def test_values_are_those_of_float64(self, tokens: int, dtype: str) -> None:
@@ -41,13 +36,13 @@ class TestExpertMatmul:
         ids = np.random.default_rng(1).integers(0, self.E, tokens)
         found = expert_matmul(x, w, jnp.asarray(ids))
         assert (found.dtype, found.shape) == (x.dtype, (tokens, self.N))
-        assert_close(found, *self.expected(x, w, ids), self.K)
+        assert_close(found, *expert_products(x, w, ids), self.K)
 
     @pytest.mark.parametrize("ids", [[2] * 40, [0, 5] * 20, list(range(6)) * 7, [5, 4, 3]])
     @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8])
     def test_groups_of_any_size(self, ids: list[int], dtype: Any) -> None:
         w, x = random_weights(self.E, self.N, self.K), random_array(len(ids), self.K)
-        assert_close(expert_matmul(x, w, jnp.asarray(ids, dtype)), *self.expected(x, w, ids), self.K)
+        assert_close(expert_matmul(x, w, jnp.asarray(ids, dtype)), *expert_products(x, w, ids), self.K)
 
     @pytest.mark.parametrize("tokens", [FEW, MANY])
     def test_tokens_without_an_expert_become_nan_and_no_others(self, tokens: int) -> None:
@@ -57,20 +52,14 @@ class TestExpertMatmul:
         found = expert_matmul(x, w, jnp.asarray(ids))
         assert np.isnan(found[np.array([1, 3])]).all()
         kept = np.delete(np.arange(tokens), [1, 3])
-        assert_close(found[kept], *self.expected(x[kept], w, ids[kept]), self.K)
+        assert_close(found[kept], *expert_products(x[kept], w, ids[kept]), self.K)
 
     @pytest.mark.parametrize("tokens", [1, MANY])
     def test_scales_at_their_ends(self, tokens: int) -> None:
-        w = random_weights(2, 5, 128)
-        # Codes of 0.5, for larger ones are infinite under the largest scale.
-        w = MXFP4Array(
-            w.blocks.at[:, 0, 2].set(0x11),
-            w.scales.at[:, 0].set(jnp.asarray([1, 127, 254, 127], jnp.uint8)).at[1, 4].set(255),
-        )
-        x = jnp.ones((tokens, 128), jnp.float32).at[:, 64:96].set(0)
+        x, w = scales_at_their_ends(tokens)
         found = expert_matmul(x, w, jnp.ones(tokens, jnp.int32))
         assert np.isnan(found[:, 4]).all()
-        wanted, magnitude = self.expected(x, w, [1] * tokens)
+        wanted, magnitude = expert_products(x, w, [1] * tokens)
         assert_close(found[:, :4], wanted[:, :4], magnitude[:, :4], 128)
 
 

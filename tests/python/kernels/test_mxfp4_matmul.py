@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from mxfp4_cases import assert_close, float64, random_array, random_weights, temporary_bytes
 from tensorport import mxfp4
-from tensorport.kernels.mxfp4_matmul import reference, scaled_dot, xla
+from tensorport.kernels.mxfp4_matmul import reference, scaled_dot
 from tensorport.kernels.registry import Device
 from tensorport.mxfp4 import MXFP4Array
 
@@ -222,12 +222,6 @@ class TestScaledDot:
         with pytest.warns(RuntimeWarning, match=r"scaled_dot is not used on gpu \(NVIDIA B300\).*made up"):
             assert "made up" in str(scaled_dot.refuses(device, x, w))
         assert "made up" in str(scaled_dot.refuses(device, x, w))
-
-
-def test_xla_lowers_for_cuda_and_tpu() -> None:
-    w, x = random_weights(600, 256), random_array(8, 256, dtype=jnp.bfloat16)
-    for platform in ("cuda", "tpu"):
-        assert jax.jit(xla.matmul).trace(x, w).lower(lowering_platforms=(platform,)).as_text()
 
 
 WRONG_CALLS: dict[str, tuple[Any, Any, type[Exception], str]] = {

@@ -9,7 +9,14 @@ import mxfp4_oracle as oracle
 import numpy as np
 import pytest
 from jax import export
-from mxfp4_cases import assert_close, float64, random_array, random_weights
+from mxfp4_cases import (
+    assert_close,
+    assert_every_code_is_exact,
+    every_code_under_every_scale,
+    float64,
+    random_array,
+    random_weights,
+)
 from tensorport import mxfp4
 from tensorport.kernels import triton
 from tensorport.kernels.mxfp4_matmul import pallas_triton
@@ -45,26 +52,10 @@ def test_values_are_those_of_float64(batch: tuple[int, ...], n: int, k: int, dty
 
 @pytest.mark.parametrize("m", [1, 7])
 def test_every_code_under_every_scale_is_exact(m: int) -> None:
-    """A one-hot x picks single weights; XLA on CPU flushes what is subnormal in float32, as the smallest scale is."""
-    codes = np.tile(np.arange(16, dtype=np.uint8), 2)
-    block = codes[::2] | codes[1::2] << 4
-    scales = np.arange(256, dtype=np.uint8)[:, None]
-    w = MXFP4Array(jnp.asarray(np.broadcast_to(block, (256, 1, 16))), jnp.asarray(scales))
-    expected = oracle.decode(np.asarray(w.blocks), scales)[:, :16].T
-    with np.errstate(over="ignore"):
-        expected = expected.astype(np.float32)
-    expected[np.abs(expected) < 2.0**-126] = 0
-    expected[:, 0] = 0
-    one_hot = np.eye(32, dtype=np.float32)[:16]
-    found = np.concatenate(
-        [np.asarray(pallas_triton.matmul(jnp.asarray(rows), w, interpret=True)) for rows in np.split(one_hot, 16)]
-        if m == 1
-        else [np.asarray(pallas_triton.matmul(jnp.asarray(one_hot), w, interpret=True))]
-    )
-    # Zeros of the one-hot rows times the infinities under the last scales are NaN.
-    is_finite = scales[:, 0] < 253
-    np.testing.assert_array_equal(np.abs(found[:, is_finite]), np.abs(expected[:, is_finite]))
-    assert np.isnan(found[:, 255]).all()
+    one_hot, w, expected = every_code_under_every_scale()
+    rows = jnp.split(one_hot, 16) if m == 1 else [one_hot]
+    found = np.concatenate([np.asarray(pallas_triton.matmul(part, w, interpret=True)) for part in rows])
+    assert_every_code_is_exact(found, expected)
 
 
 def test_float32_is_not_narrowed() -> None:

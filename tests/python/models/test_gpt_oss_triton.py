@@ -1,5 +1,9 @@
-"""gpt-oss with `pallas_triton`: interpreted on CPU, and lowered for CUDA at full width without a GPU."""
+"""gpt-oss with `pallas_triton`: interpreted on CPU and run on a GPU, and lowered for CUDA at full width without one."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -37,6 +41,16 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch, _on_a_gpu: None) -> None:
 
 @pytest.mark.usefixtures("_interpreted")
 def test_logits_are_those_of_transformers(golden_hf: Path) -> None:
+    compare_logits(golden_hf)
+
+
+@pytest.mark.gpu
+def test_logits_on_a_gpu_are_those_of_transformers(golden_hf: Path) -> None:
+    with jax.default_matmul_precision("highest"):
+        compare_logits(golden_hf)
+
+
+def compare_logits(golden_hf: Path) -> None:
     config = gpt_oss.load_config(golden_hf)
     params, _ = gpt_oss.load_model_params(golden_hf, config, dtype="float32")
     with np.load(golden_hf / "golden.npz") as arrays:
@@ -72,3 +86,28 @@ def test_two_layers_of_full_width_lower_for_cuda(
     # Of each layer attention, and the two layers of its experts; functions that are the same stand there once.
     assert text.count("__gpu$xla.gpu.triton") >= 3
     assert "tensorport.v1" not in text
+
+
+GENERATE = """
+import json, sys, tensorport
+from tensorport.text import decoder
+model = tensorport.load_model(sys.argv[1], implementation=sys.argv[2], dtype="float32")
+made = []
+for decoder.CAPTURES_LOOP in (False, True):
+    made.append(model.generate([[3, 1, 4], [1, 5, 9]], max_new_tokens=70, temperature=0, ignore_eos=True))
+print(json.dumps(made))
+"""
+
+
+@pytest.mark.parametrize(
+    ("platform", "implementation"), [("cpu", "xla"), pytest.param("cuda", "pallas_triton", marks=pytest.mark.gpu)]
+)
+def test_a_loop_that_is_one_graph_makes_the_same_tokens(golden_hf: Path, platform: str, implementation: str) -> None:
+    """In a process of its own, which XLA may end; on a CPU both loops are the same. Some graphs run more than once."""
+    command = [sys.executable, "-W", "ignore", "-c", GENERATE, str(golden_hf), implementation]
+    env = {**os.environ, "JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    usual, captured = json.loads(done.stdout)
+    assert captured == usual
+    assert [len(row) for row in usual] == [73, 73]
