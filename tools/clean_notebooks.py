@@ -1,6 +1,6 @@
 """Brings notebooks into the form in which they are stored: no outputs, no traces of an editor, one spelling of JSON.
 
-python tools/clean_notebooks.py                    # those in notebooks/
+python tools/clean_notebooks.py                    # those in notebooks/ and its folders
 python tools/clean_notebooks.py notebooks/a.ipynb
 """
 
@@ -33,7 +33,9 @@ def clean(text: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Rewrites those that differ, and names them."""
-    for path in map(Path, arguments) if arguments else sorted(NOTEBOOKS.glob("*.ipynb")):
+    for path in (
+        map(Path, arguments) if arguments else sorted([*NOTEBOOKS.glob("*.ipynb"), *NOTEBOOKS.glob("*/*.ipynb")])
+    ):
         text = path.read_text("utf-8")
         if text != clean(text):
             path.write_text(clean(text), encoding="utf-8", newline="\n")

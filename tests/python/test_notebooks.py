@@ -27,7 +27,7 @@ for package in ("ipykernel", "ipywidgets", "matplotlib", "nbclient"):
     pytest.importorskip(package)
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted([*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "notebooks").glob("*/*.ipynb")])
 
 CLEAN = "tools/clean_notebooks.py"
 
@@ -73,7 +73,7 @@ def executed(
     """Executes a notebook in a folder; returns the values of expressions behind its last cell, and the `notebook`.
 
     Args:
-        name: the file's, without its ending.
+        name: the file's in notebooks/, without its ending.
         folder: where it runs, and where all it writes goes.
         hub: where ids of repositories are looked for.
         facts: by name an expression that the notebook's variables give a JSON value.
@@ -178,6 +178,23 @@ def generate(two_layers: Path, hub: FakeHub, tmp_path_factory: pytest.TempPathFa
     }
     parameters: dict[str, Any] = {"SOURCE": str(two_layers), "NEW_TOKENS": 24, "CHAT_TOKENS": 17, "BATCHES": [1, 3]}
     return executed("03_generate", tmp_path_factory.mktemp("generate"), hub, facts=facts, **parameters)
+
+
+@pytest.fixture(scope="module")
+def modal(two_layers: Path, tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    facts = {
+        "paths": "[str(checkpoint.path), str(tree)]",
+        "implementation": "explanation.implementation",
+        "pieces": "pieces",
+        "records": "records",
+        "folder": "FOLDER",
+    }
+    folder = tmp_path_factory.mktemp("modal")
+    parameters: dict[str, Any] = {"FOLDER": str(folder / "volume"), "NEW_TOKENS": 24, "BATCHES": [1, 3]}
+    parameters |= {"PROMPT_TOKENS": 7, "IMPLEMENTATION": "xla"}
+    with serving() as hub:
+        hub.add(REPO, {path.name: path.read_bytes() for path in two_layers.iterdir()})
+        return executed("modal/tensorport_modal", folder, hub, facts=facts, **parameters)
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +316,7 @@ def test_links_of_notebooks_lead_somewhere(path: Path) -> None:
 def test_the_guide_has_every_notebook() -> None:
     guide = (ROOT / "notebooks" / "README.md").read_text("utf-8")
     for path in NOTEBOOKS:
-        assert f"]({path.name})" in guide, path.name
+        assert f"]({path.relative_to(ROOT / 'notebooks')})" in guide, path.name
 
 
 def is_ours(module: str) -> bool:
@@ -487,3 +504,19 @@ def test_mxfp4_trains_an_adapter(mxfp4: Facts) -> None:
     losses = mxfp4["losses"]
     assert len(losses) == 60
     assert losses[-1] < losses[0] / 100
+
+
+def test_modal_keeps_all_in_the_volume_and_verifies_the_tree(modal: Facts, two_layers: Path) -> None:
+    hub_cache, tree = map(Path, modal["paths"])
+    assert hub_cache.is_relative_to(Path(modal["folder"], "hub"))
+    assert tree == Path(modal["folder"], "trees", "openai--gpt-oss-20b")
+    assert tensorport.verify(tree, two_layers, progress=False).ok
+
+
+def test_modal_runs_the_kernels_that_it_names_and_measures_every_batch(modal: Facts, two_layers: Path) -> None:
+    assert modal["implementation"] == "xla"
+    model = tensorport.load_model(two_layers, implementation="xla")
+    assert "".join(modal["pieces"]) == model.generate("The capital of France is", max_new_tokens=24, temperature=0)
+    assert [record["batch"] for record in modal["records"]] == [1, 3]
+    assert all(record["tokens_per_s"] > 0 < record["first_token_s"] for record in modal["records"])
+    assert figures(modal) == 1
