@@ -274,7 +274,9 @@ def resources(gpu: str, model: str, memory_gib: int | None = None) -> dict[str, 
     """
     if gpu not in GPUS:
         raise ValueError(f"gpu: found {gpu!r}, expected one of {', '.join(GPUS)}")
-    return {"gpu": GPUS[gpu], "memory": 1024 * (memory_gib or (80 if "120b" in model else 24))}
+    memory = 1024 * (memory_gib or (80 if "120b" in model else 24))
+    # Cores as well: what is asked for here stands in place of what the function asked for.
+    return {"cpu": CORES, "gpu": GPUS[gpu], "memory": memory}
 
 
 @app.local_entrypoint()

@@ -1,7 +1,8 @@
 """The Modal app as far as it goes without an account: it builds, its flags are what the guide says, its jobs run.
 
 The jobs run in a process of their own, as functions in a container do, on a tiny checkpoint from a hub on 127.0.0.1,
-with a folder in place of the Volume. Modal's servers are never asked: what asked them would find a closed port.
+with a folder in place of the Volume. Modal's servers are never asked: in their place is a closed port, or a server on
+127.0.0.1 that notes what the client asks for.
 """
 
 import importlib.util
@@ -25,6 +26,7 @@ from tensorport.kernels import ImplementationName
 
 click = pytest.importorskip("click")
 modal = pytest.importorskip("modal")
+fake_modal = pytest.importorskip("fake_modal")  # which needs modal
 
 ROOT = Path(__file__).parents[2]
 APP = "notebooks/modal/tensorport_app.py"
@@ -128,7 +130,8 @@ def jobs(one_layer: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[s
         assert job.returncode == 0, job.stderr.decode()
         # As bytes: random words have line ends of all kinds.
         printed, facts = job.stdout.decode().split("FACTS ")
-        return {"folder": folder, "printed": printed, "downloads": hub.downloads()} | json.loads(facts)
+        told: dict[str, Any] = json.loads(facts)
+        return told | {"folder": folder, "printed": printed, "downloads": hub.downloads()}
 
 
 def run_modal(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -156,34 +159,55 @@ def test_a_run_without_an_account_ends_at_once() -> None:
     assert "Token missing" in ended.stderr + ended.stdout
 
 
-def test_the_image_installs_the_wheel_with_cuda_and_what_the_jobs_need(
-    app: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An account at a server that notes what it is asked for."""
+    with fake_modal.serving_modal() as fake:
+        monkeypatch.setenv("MODAL_SERVER_URL", fake.url)
+        monkeypatch.setenv("MODAL_TOKEN_ID", "ak-of-nobody")
+        monkeypatch.setenv("MODAL_TOKEN_SECRET", "as-of-nobody")
+        yield fake
+
+
+def test_modal_gets_an_image_that_installs_the_wheel_and_functions_with_the_volume(
+    server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-
-    class Recorded:
-        def __getattr__(self, name: str) -> Any:
-            def call(*arguments: Any, **options: Any) -> "Recorded":
-                calls.append((name, arguments, options))
-                return self
-
-            return call
-
-    wheel = tmp_path / WHEEL
-    real = app.image_with(wheel)
-    assert isinstance(real, modal.Image)
-    monkeypatch.setattr(modal, "Image", Recorded())
-    app.image_with(wheel)
-    base, added, installed, variables = calls
-    assert base == ("debian_slim", (), {"python_version": "3.12"})
-    assert added == ("add_local_file", (wheel, f"/wheels/{WHEEL}"), {"copy": True})
-    assert installed == ("pip_install", (f"/wheels/{WHEEL}[cuda13,hub,text]",), {})
-    assert variables == ("env", ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"},), {})
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    deployed = run_modal("deploy", APP)
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    commands = [
+        command for request in server.asked("ImageGetOrCreate") for command in request.image.dockerfile_commands
+    ]
+    assert any(command.startswith("FROM python:3.12.") for command in commands)
+    assert f"RUN python -m pip install '/wheels/{WHEEL}[cuda13,hub,text]'" in commands
+    assert "ENV XLA_PYTHON_CLIENT_MEM_FRACTION=0.9" in commands
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert {"cuda12", "cuda13", "hub", "text"} <= set(project["optional-dependencies"])
-    for method, arguments, options in calls:
-        if method != "debian_slim":
-            assert isinstance(getattr(real, method)(*arguments, **options), type(real)), method
+
+    copied = [file.filename for request in server.asked("MountGetOrCreate") for file in request.files]
+    assert {f"/wheels/{WHEEL}", "/root/tensorport_app.py"} <= set(copied)
+    assert [dict(request.env_dict) for request in server.asked("SecretGetOrCreate")] == [{"HF_TOKEN": "hf_of_nobody"}]
+    (volume,) = server.asked("VolumeGetOrCreate")
+    assert volume.deployment_name == "tensorport-models"
+
+    functions = {request.function.function_name: request.function for request in server.asked("FunctionCreate")}
+    assert set(functions) == {"download_model", "convert_model", "generate_text", "measure"}
+    for name, function in functions.items():
+        assert [mount.mount_path for mount in function.volume_mounts] == ["/models"]
+        assert len(function.secret_ids) == 1
+        is_on_gpu = name in {"generate_text", "measure"}
+        assert function.resources.gpu_config.gpu_type == ("L40S" if is_on_gpu else "")
+        assert function.timeout_secs == (3600 if is_on_gpu else 4 * 3600)
+
+
+def test_a_run_asks_for_the_gpu_of_its_flag(server: Any) -> None:
+    ended = run_modal("run", f"{APP}::benchmark", "--gpu", "H100", "--model", "openai/gpt-oss-120b")
+    assert "no machine is behind this server" in ended.stdout + ended.stderr
+    (bound,) = server.asked("FunctionBindParams")
+    resources = bound.function_options.resources
+    assert (resources.gpu_config.gpu_type, resources.gpu_config.count) == ("H100!", 1)
+    assert (resources.milli_cpu, resources.memory_mb) == (8000, 80 * 1024)
+    assert len(server.asked("FunctionMap")) == 1
 
 
 @pytest.mark.parametrize("secret", [None, "hf_of_nobody"])
@@ -252,7 +276,7 @@ def test_gpus_are_those_of_the_flag_in_modals_spelling(app: ModuleType) -> None:
     assert set(app.GPUS.values()) <= published | {"B200", "B200+"}
     for gpu in app.GPUS:
         options = app.resources(gpu, REPO)
-        assert options == {"gpu": app.GPUS[gpu], "memory": 24 * 1024}
+        assert options == {"cpu": 8, "gpu": app.GPUS[gpu], "memory": 24 * 1024}
         assert isinstance(app.generate_text.with_options(**options), modal.Function)
 
 
@@ -315,7 +339,8 @@ def test_jobs_on_a_gpu_say_which_kernels_run(jobs: Mapping[str, Any]) -> None:
 
 
 def test_jobs_ask_modal_for_the_gpu_and_the_memory(jobs: Mapping[str, Any]) -> None:
-    assert jobs["asked"] == [{"gpu": "A10", "memory": 24 * 1024}, {"gpu": "H100!", "memory": 7 * 1024}]
+    asked = [(options["gpu"], options["memory"]) for options in jobs["asked"]]
+    assert asked == [("A10", 24 * 1024), ("H100!", 7 * 1024)]
 
 
 def test_benchmark_measures_each_batch_and_writes_the_records(jobs: Mapping[str, Any]) -> None:
