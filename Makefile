@@ -100,6 +100,7 @@ sanitize:
 BENCH_DISK ?= .
 bench: $(VENV)/.dev
 	cargo bench --bench kernels
+	cargo bench --bench share_of_read
 	cargo bench --bench products
 	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON)
 	$(BIN)/python benchmarks/convert.py --baselines $(BENCH_PYTHON) --where $(BENCH_DISK) --sync --only tensorport --only numpy
