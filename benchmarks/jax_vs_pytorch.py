@@ -3,28 +3,29 @@
 usage: python benchmarks/jax_vs_pytorch.py [CHECKPOINT | --preset demo|tiny] [--output FILE] [--pytorch PYTHON]
                                            [--dtype bfloat16|float32] [--device auto|cpu|gpu] [--allow-missing]
 
-CHECKPOINT is a folder with a gpt-oss in the layout of Hugging Face and a tokenizer; --preset makes a random one. The prompts
-are those of prompts.json, tokenized once for both sides. --pytorch is a Python with torch and transformers, this one by
-default. Each side runs in a process of its own; they take turns, rounds of them, and begin in turn too. A round:
+CHECKPOINT is a folder with a gpt-oss in the layout of Hugging Face and a tokenizer; --preset makes a random one. The
+prompts are those of prompts.json, tokenized once for both sides. --pytorch is a Python with torch and transformers,
+this one by default. Each side runs in a process of its own; they take turns, rounds of them, and begin in turn too. A
+round:
 
 - load: until all weights are on the device; imports are over by then.
-- prompts: each alone, greedy, `--new` tokens whatever they are. Time to first token: from the call until it is on the host.
-  Tokens per second: of the tokens after the first.
+- prompts: each alone, greedy, `--new` tokens whatever they are. Time to first token: from the call until it is on the
+  host. Tokens per second: of the tokens after the first.
 - batch: so many rows at once, each of `--batch-tokens` tokens, so that no side pads; medians of `--repeats` calls.
 - compile: what first calls took beyond later ones.
 - memory: the peak of the process in all this, anonymous and all resident; of the device where it tells.
 
-Before what is measured come at least 30 warm-up calls in JAX and 25 in PyTorch, for the prompts and for each batch. At last
-the greedy tokens of both are compared, and where they part, the logits of the two tokens on the JAX side.
+Before what is measured come at least 30 warm-up calls in JAX and 25 in PyTorch, for the prompts and for each batch. At
+last the greedy tokens of both are compared, and where they part, the logits of the two tokens on the JAX side.
 
 Writes a line of JSON for each measurement of each side and round (jax_vs_pytorch_records.py has their form), which
-benchmarks/analyze.py turns into tables and plots. Exit code 1: a side failed, or is not installed and --allow-missing was not
-given; both are records too. Minutes with the preset demo on two cores, seconds with tiny and few warm-ups and prompts.
+benchmarks/analyze.py turns into tables and plots. Exit code 1: a side failed, or is not installed and --allow-missing
+was not given; both are records too. Minutes with the preset demo on two cores, seconds with tiny and few warm-ups and
+prompts.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import datetime
 import json
 import os
@@ -49,12 +50,18 @@ PROMPTS = HERE / "prompts.json"
 SCRIPTS: Final = {"jax": HERE / "jax_vs_pytorch_job.py", "pytorch": HERE / "baselines" / "transformers_compare.py"}
 NEEDS: Final = {"jax": ("jax",), "pytorch": ("torch", "transformers")}
 WARMUPS: Final = {"jax": 30, "pytorch": 25}
-"""The least for figures that are to be compared. XLA's programs are warm sooner; both sides get much more than they need."""
+"""The least for figures that are to be compared: the records say whether there were so many."""
+
+FINDS: Final = """
+import importlib.util, json, sys
+print(json.dumps([name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]))
+"""
 
 NEAR_TIE: Final = {"bfloat16": 2 * 2.0**-8, "float32": 2 * 2.0**-16}
 """Where two tokens' logits are this near, of the largest, rounding decides.
 
-bfloat16: two roundings, as in gpu_model_job.py. float32: some hundred roundings of 2 ** -24, for sums are in another order.
+bfloat16: two roundings, as in gpu_model_job.py. float32: some hundred roundings of 2 ** -24, for sums are in another
+order.
 """
 
 
@@ -190,8 +197,7 @@ def missing(python: str, names: Sequence[str]) -> list[str]:
         OSError: there is no such Python.
         subprocess.CalledProcessError: it is no Python.
     """
-    code = "import importlib.util, json, sys; print(json.dumps([n for n in sys.argv[1:] if not importlib.util.find_spec(n)]))"
-    found = subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=True)
+    found = subprocess.run([python, "-c", FINDS, *names], capture_output=True, text=True, check=True)
     names_missing: list[str] = json.loads(found.stdout)
     return names_missing
 
@@ -309,7 +315,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--prompts", type=_count, default=None, help="so many, of all classes in turn; all by default")
     parser.add_argument("--max-prompt-tokens", type=_count, default=None, help="longer prompts are cut")
-    parser.add_argument("--new", type=_count, default=32, help="tokens made for each prompt; at least 2")
+    parser.add_argument("--new", type=_count, default=24, help="tokens made for each prompt; at least 2")
     parser.add_argument(
         "--batch", type=_count, action="append", help="rows at once; repeatable; 1, 2, 4 and 8 by default"
     )

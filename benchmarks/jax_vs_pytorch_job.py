@@ -2,8 +2,8 @@
 
 usage: python jax_vs_pytorch_job.py SETTINGS
 
-SETTINGS is a JSON file. With `differences` in it, nothing is measured: for each difference the logits of its two tokens are
-looked at.
+SETTINGS is a JSON file. With `differences` in it, nothing is measured: for each difference the logits of its two tokens
+are looked at.
 """
 
 import json
@@ -59,7 +59,7 @@ class Jax:
         for step in stream:
             clock.tick()
             for row, made in zip(ids, step, strict=True):
-                row += made
+                row.extend(made)
         return clock.stop(ids, new)
 
     def compiled(self) -> tuple[int, float]:

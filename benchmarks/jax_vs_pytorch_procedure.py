@@ -1,4 +1,4 @@
-"""What benchmarks/jax_vs_pytorch.py does on each side, in the same order and with the same clock. Needs Python alone."""
+"""What jax_vs_pytorch.py does on each side, in the same order and with the same clock. Needs Python alone."""
 
 import dataclasses
 import json
@@ -84,8 +84,8 @@ class Side(Protocol):
 def measure(side: Side, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields measurements with their values; ids of tokens are beside them.
 
-    Every case is warmed up with `warmups` calls, which come after its first one: what that took beyond later ones is told
-    apart. Programs are compiled for lengths, so that JAX's first calls are of every prompt, and PyTorch's of one.
+    Every case is warmed up with `warmups` calls, which come after its first one: what that took beyond later ones is
+    told apart. Programs are compiled for lengths, so that JAX's first calls are of every prompt, and PyTorch's of one.
 
     Args:
         side: who generates.

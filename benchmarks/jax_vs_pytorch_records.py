@@ -40,8 +40,8 @@ compile: what first calls took beyond later ones, and of it what XLA compiled; N
 prompts: one at a time; medians, and for each its id, class, prompt_tokens, first_token_s and tokens_per_s.
 batch: so many rows at once; medians, and for each repeat its first_token_s and tokens_per_s.
 memory: the peak of the process in all this, and of the device where it tells.
-agreement: for each prompt its id, class, new_tokens, same_tokens before the first difference, and there the gap of the two
-tokens' logits on the JAX side, of the largest logit, and is_near_tie; both None without a difference.
+agreement: for each prompt its id, class, new_tokens, same_tokens before the first difference, and there the gap of the
+two tokens' logits on the JAX side, of the largest logit, and is_near_tie; both None without a difference.
 process: a side that did not end, or did not begin.
 """
 

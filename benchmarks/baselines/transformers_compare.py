@@ -2,8 +2,8 @@
 
 usage: python transformers_compare.py SETTINGS
 
-SETTINGS is a JSON file. MXFP4 is dequantized when it is loaded, as in the other baselines: transformers computes on it as it
-is on GPUs alone, with kernels that it downloads.
+SETTINGS is a JSON file. MXFP4 is dequantized when it is loaded, as in the other baselines: transformers computes on
+it as it is on GPUs alone, with kernels that it downloads.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from jax_vs_pytorch_procedure import Clock, Timed, main
 from transformers_gpu import load, wait
 
