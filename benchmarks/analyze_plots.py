@@ -15,7 +15,7 @@ import numpy as np
 from analyze import NAMES, Group, Series, agreement_of, show_bytes, show_rate
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 __all__ = ["DARK", "LIGHT", "PLOTS", "Theme", "plot", "write_plots"]
 
@@ -29,6 +29,7 @@ class Theme:
     text: str
     grid: str
     sides: dict[str, tuple[str, ...]]
+    same: str
     near: str
     far: str
 
@@ -39,6 +40,7 @@ LIGHT: Final = Theme(
     text="#24292f",
     grid="#d8dee4",
     sides={"jax": ("#0072B2", "#56B4E9", "#003F63"), "pytorch": ("#D55E00", "#E69F00", "#7A3600")},
+    same="#009E73",
     near="#E69F00",
     far="#8C2D68",
 )
@@ -48,6 +50,7 @@ DARK: Final = Theme(
     text="#e6edf3",
     grid="#30363d",
     sides={"jax": ("#56B4E9", "#0072B2", "#A9D9F5"), "pytorch": ("#E69F00", "#D55E00", "#F5CF80")},
+    same="#009E73",
     near="#F0E442",
     far="#CC79A7",
 )
@@ -79,9 +82,6 @@ def plot(kind: str, group: Group, theme: Theme = LIGHT) -> Figure | None:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "hatch.linewidth": 0.8,
-        "svg.fonttype": "none",
-        # Else two runs write different files.
-        "svg.hashsalt": "tensorport",
     }
     with mpl.rc_context(settings):
         figure = Figure(figsize=(8, 4.6), layout="constrained")
@@ -134,9 +134,9 @@ def _batches(axes: Any, group: Group, theme: Theme) -> bool:
             capsize=3,
             label=series.label,
         )
-        for size, median in zip(batches, medians, strict=True):
-            place = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "fontsize": 9}
-            axes.annotate(show_rate(median), (size, median), color=theme.text, **place)
+        for size, median, sample in zip(batches, medians, samples, strict=True):
+            place = {"textcoords": "offset points", "xytext": (0, 7), "ha": "center", "fontsize": 9}
+            axes.annotate(show_rate(median), (size, max(median, *sample)), color=theme.text, **place)
     if not sizes:
         return False
     axes.set_xscale("log", base=2)
@@ -173,6 +173,9 @@ def _first_token(axes: Any, group: Group, theme: Theme) -> bool:
         return False
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    # 1, 2 and 5 of each power of ten, written out.
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set(xlabel="tokens of the prompt", ylabel="time to first token (ms)")
@@ -233,7 +236,7 @@ def _agreement(axes: Any, group: Group, theme: Theme) -> bool:
     labels = ("same to the end", "part at a near-tie", "part elsewhere")
     left = np.zeros(len(names))
     for column, (label, color, hatch) in enumerate(
-        zip(labels, (theme.sides["jax"][0], theme.near, theme.far), ("", "//", "xx"), strict=True)
+        zip(labels, (theme.same, theme.near, theme.far), ("", "//", "xx"), strict=True)
     ):
         bars = axes.barh(
             range(len(names)),
@@ -253,13 +256,14 @@ def _agreement(axes: Any, group: Group, theme: Theme) -> bool:
             if text.get_text():
                 text.set_bbox(card)
         left += counts[:, column]
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     new = max(prompt["new_tokens"] for prompt in prompts)
     axes.set(xlabel=f"prompts ({new} greedy tokens each)")
     axes.set_title(f"Tokens of {NAMES['jax']} and {NAMES['pytorch']}", **TITLE_AT)
-    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, -0.34), ncols=3)
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, -0.3), ncols=3)
     return True
 
 
@@ -289,7 +293,8 @@ def write_plots(group: Group, folder: Path, stem: str, formats: Sequence[str]) -
                 names[theme.name] = f"{stem}-{kind}-{theme.name}.{ending}"
                 # Without a date, so that two runs write the same.
                 metadata = {"Date": None} if ending == "svg" else None
-                figure.savefig(folder / names[theme.name], dpi=150, metadata=metadata)
+                with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": stem}):
+                    figure.savefig(folder / names[theme.name], dpi=150, metadata=metadata)
         if names:
             shown.append(
                 f'<picture><source media="(prefers-color-scheme: dark)" srcset="{names["dark"]}">'

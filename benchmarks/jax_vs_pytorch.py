@@ -42,7 +42,6 @@ from tensorport.text import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import measure
-from gpu_ceiling import last_line
 from jax_vs_pytorch_records import Record
 
 HERE = Path(__file__).parent
@@ -186,6 +185,12 @@ def batch_rows(prompts: Sequence[dict[str, Any]], batch: int, tokens: int) -> li
     return rows
 
 
+def last_line(error: subprocess.CalledProcessError) -> str:
+    """What a process that failed said last."""
+    lines = (error.stderr or b"").decode(errors="replace").split("\n")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it said nothing")
+
+
 def python_of(run: Run, side: str) -> str:
     return str(run.options.pytorch) if side == "pytorch" else sys.executable
 
@@ -223,7 +228,7 @@ def measure_side(run: Run, side: str, number: int) -> None:
     try:
         anonymous_bytes = run_job(run, side, settings).anonymous_bytes
     except subprocess.CalledProcessError as error:
-        fault = f"ended with {error.returncode}: {last_line((error.stderr or b'').decode(errors='replace'))}"
+        fault = f"ended with {error.returncode}: {last_line(error)}"
     rows = Path(settings["rows"])
     for line in rows.read_text("utf-8").splitlines() if rows.exists() else []:
         row = json.loads(line)
@@ -266,7 +271,7 @@ def compare_tokens(run: Run) -> None:
             run_job(run, "jax", settings)
     except subprocess.CalledProcessError as error:
         run.failed = True
-        note = f"logits: ended with {error.returncode}: {last_line((error.stderr or b'').decode(errors='replace'))}"
+        note = f"logits: ended with {error.returncode}: {last_line(error)}"
         run.tell("both", "agreement", "failed", note=note)
         return
     gaps: Iterator[float] = iter(json.loads(Path(settings["rows"]).read_text()) if differences else [])

@@ -84,7 +84,7 @@ class Jax:
 
     def gap(self, ids: list[int], tokens: list[int]) -> float:
         """How far the logits of two tokens behind `ids` are apart, of the largest in magnitude."""
-        room = 1 << len(ids).bit_length()  # few sizes are compiled
+        room = max(128, 1 << len(ids).bit_length())  # few sizes are compiled, and `generate` has the smallest too
         cache = new_cache(self.model.decoder, self.model.params, 1, room)
         last, _ = prefill(self.model.decoder, self.model.params, [np.array(ids, np.int32)], cache)
         logits = np.asarray(self.model.decoder.logits(self.model.params, last)[0], np.float64)
