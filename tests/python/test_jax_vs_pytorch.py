@@ -361,7 +361,7 @@ def many(modules: dict[str, ModuleType]) -> list[Any]:
     far = {"id": "c", "class": "chat", "new_tokens": 8, "same_tokens": 1, "gap": 0.125, "is_near_tie": False}
     newer = {"versions": {"tensorport": "0.2.0", "jax": "0.10.2"}, "date": "2026-11-02T00:00:00+00:00"}
     other = {"machine": "96 cores", "device": "NVIDIA H200"}
-    absent = {"device": None, "versions": {}, "status": "missing", "note": "not installed: torch"}
+    absent: dict[str, Any] = {"device": None, "versions": {}, "status": "missing", "note": "not installed: torch"}
     return [
         canned(modules, "jax", "batch", batch(1, 100.0)),
         canned(modules, "jax", "batch", batch(1, 140.0), round=1),
