@@ -91,7 +91,8 @@ def _run(command: Sequence[str], env: dict[str, str] | None, output: IO[bytes]) 
     sampler = threading.Thread(target=sample)
     sampler.start()
     assert process.stderr is not None
-    errors = process.stderr.read()
+    with process.stderr:
+        errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
     process.returncode = os.waitstatus_to_exitcode(status)

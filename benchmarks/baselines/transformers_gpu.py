@@ -26,6 +26,22 @@ from gpu_model_rows import Row, Skip, run_cases, say
 ROUNDS_S = 8.0  # no other round begins after so long
 
 
+def load(checkpoint: str, device: str, dtype: torch.dtype) -> Any:
+    """A model with its experts dequantized to `dtype`, on the device."""
+    # With accelerate weights go to the device as they are read; without it they are all in the host's memory first.
+    how = {"device_map": device} if importlib.util.find_spec("accelerate") else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=Mxfp4Config(dequantize=True), dtype=dtype, **how
+    )
+    return model.to(device).eval()
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was told."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 class Job:
     """What the cases share."""
 
@@ -47,18 +63,10 @@ class Job:
     def load(self) -> Row:
         if self.device == "cpu" and not self.settings["is_quick"]:
             raise Skip("torch finds no GPU")
-        # With accelerate weights go to the device as they are read; without it they are all in the host's memory first.
-        how = {"device_map": self.device} if importlib.util.find_spec("accelerate") else {}
         began = time.perf_counter()
-        model = AutoModelForCausalLM.from_pretrained(
-            self.settings["checkpoint"],
-            quantization_config=Mxfp4Config(dequantize=True),
-            dtype=torch.bfloat16,
-            **how,
-        )
-        self.model = model.to(self.device).eval()
+        self.model = load(self.settings["checkpoint"], self.device, torch.bfloat16)
         self.wait()
-        nbytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+        nbytes = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         return Row(seconds=time.perf_counter() - began, nbytes=nbytes, is_of_read=False)
 
     def decode(self, prompts: list[list[int]]) -> Row:
@@ -102,8 +110,7 @@ class Job:
         return time.perf_counter() - began
 
     def wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        wait(self.device)
 
     @staticmethod
     def row(rates: list[float], tokens: int) -> Row:

@@ -6,6 +6,7 @@ papermill does it, and with warnings as errors. Repositories come from a hub on 
 
 import ast
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -211,6 +212,25 @@ def mxfp4(hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Facts:
     }
     parameters: dict[str, Any] = {"SHAPE": (320, 96), "ROWS": [1, 3, 5], "STEPS": 60}
     return executed("04_mxfp4", tmp_path_factory.mktemp("mxfp4"), hub, facts=facts, **parameters)
+
+
+@pytest.fixture(scope="module")
+def compare(two_layers: Path, hub: FakeHub, tmp_path_factory: pytest.TempPathFactory) -> Facts:
+    facts = {
+        "lengths": "{name: len(counts) for name, counts in lengths.items()}",
+        "measured": "[[series.side, len(series.per_prompt()), list(series.batches())] for series in groups[0].series]",
+        "absent": "[record.note for record in absent]",
+        "agreement": "groups[0].agreement is not None",
+    }
+    # Few warm-ups and short prompts: what is measured means nothing here.
+    sizes = ["--prompts=5", "--max-prompt-tokens=12", "--new=4", "--batch=3", "--batch-tokens=7", "--repeats=2"]
+    parameters: dict[str, Any] = {
+        "SOURCE": str(two_layers),
+        "BENCHMARKS": str(ROOT / "benchmarks"),
+        "OPTIONS": [*sizes, "--rounds=1", "--warmups-jax=2", "--warmups-pytorch=1"],
+    }
+    folder = tmp_path_factory.mktemp("compare")
+    return executed("05_jax_vs_pytorch", folder, hub, facts=facts, **parameters)
 
 
 # How notebooks are stored.
@@ -520,3 +540,20 @@ def test_modal_runs_the_kernels_that_it_names_and_measures_every_batch(modal: Fa
     assert [record["batch"] for record in modal["records"]] == [1, 3]
     assert all(record["tokens_per_s"] > 0 < record["first_token_s"] for record in modal["records"])
     assert figures(modal) == 1
+
+
+def test_compare_measures_each_side_that_there_is_and_says_which_is_not(compare: Facts) -> None:
+    assert list(compare["lengths"].values()) == [20] * 5
+    told = "".join(
+        output.get("text", "")
+        for cell in compare["notebook"].cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    )
+    has_torch = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    sides = ["jax", "pytorch"] if has_torch else ["jax"]
+    assert compare["measured"] == [[side, 5, [3]] for side in sides]
+    assert compare["agreement"] == has_torch
+    assert ("PyTorch is not installed" in told) == (not has_torch) == bool(compare["absent"])
+    # Tokens can be compared where both have made some.
+    assert figures(compare) == (4 if has_torch else 3)
