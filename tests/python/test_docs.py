@@ -7,12 +7,13 @@ checkpoints that the pages name, on disk and on a hub on 127.0.0.1, with warning
 
 import dataclasses
 import doctest
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 # Pages, and the devices that JAX has there.
 PAGES = {
     "README.md": 2,
+    "docs/extending.md": 1,
     "docs/formats.md": 1,
     "docs/gpt-oss.md": 1,
     "docs/hub.md": 1,
@@ -30,11 +32,15 @@ PAGES = {
     "docs/mxfp4.md": 1,
     "docs/mxfp4-training.md": 1,
     "docs/nnx.md": 8,
+    "docs/security.md": 1,
     "docs/text.md": 1,
 }
 
 # Pages that run the model: fewer layers compile faster.
 RUNNING = {"README.md", "docs/gpt-oss.md"}
+
+Results = list[dict[str, str]]
+"""What each block of a page printed, and how it failed; none for blocks that were not reached."""
 
 TIMEOUT_S = 300
 """For pages that take some ten seconds."""
@@ -90,23 +96,24 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page)]
 
 
 @pytest.fixture(scope="module")
-def results(
+def results_of(
     tiny: Path, two_layers: Path, golden_original: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Mapping[str, list[dict[str, str]]]:
-    """By page, what each of its blocks printed and how it failed; none for blocks that were not reached."""
+) -> Iterator[Callable[[str], Results]]:
+    """Runs a page when it is first asked for."""
     with serving() as hub:
         files = {path.name: path.read_bytes() for path in tiny.iterdir()}
         original = {f"original/{path.name}": path.read_bytes() for path in golden_original.iterdir() if path.is_file()}
         hub.add("openai/gpt-oss-20b", files | original)
-        return {
-            page: run(
-                page, two_layers if page in RUNNING else tiny, minilm, hub.endpoint, tmp_path_factory.mktemp("page")
-            )
-            for page in PAGES
-        }
+
+        @functools.cache
+        def of(page: str) -> Results:
+            model = two_layers if page in RUNNING else tiny
+            return run(page, model, minilm, hub.endpoint, tmp_path_factory.mktemp("page"))
+
+        yield of
 
 
-def run(page: str, tiny: Path, minilm: Path, hub: str, folder: Path) -> list[dict[str, str]]:
+def run(page: str, tiny: Path, minilm: Path, hub: str, folder: Path) -> Results:
     for name, source in {"gpt-oss-20b": tiny, "gpt-oss-tiny": tiny, "all-MiniLM-L6-v2": minilm}.items():
         (folder / name).symlink_to(source, target_is_directory=True)
     to_run = [
@@ -126,19 +133,18 @@ def run(page: str, tiny: Path, minilm: Path, hub: str, folder: Path) -> list[dic
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
     assert job.returncode == 0, job.stderr
-    results: list[dict[str, str]] = json.loads((folder / "results.json").read_text("utf-8"))
+    results: Results = json.loads((folder / "results.json").read_text("utf-8"))
     return results
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_the_block_runs_and_prints_what_the_page_says(
-    block: Block, results: Mapping[str, list[dict[str, str]]]
-) -> None:
+def test_the_block_runs_and_prints_what_the_page_says(block: Block, results_of: Callable[[str], Results]) -> None:
     if block.skip is not None:
         pytest.skip(block.skip)
     before = [other for other in BLOCKS if other.page == block.page and other.line < block.line and other.skip is None]
-    assert len(results[block.page]) > len(before), "a block before it failed"
-    result = results[block.page][len(before)]
+    results = results_of(block.page)
+    assert len(results) > len(before), "a block before it failed"
+    result = results[len(before)]
     assert result["fault"] is None, result["fault"]
     if block.printed is not None:
         options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
