@@ -8,6 +8,7 @@ checkpoints that the pages name, on disk and on a hub on 127.0.0.1, with warning
 import dataclasses
 import doctest
 import functools
+import itertools
 import json
 import os
 import re
@@ -24,9 +25,12 @@ ROOT = Path(__file__).parents[2]
 # Pages, and the devices that JAX has there.
 PAGES = {
     "README.md": 2,
+    "docs/conversion.md": 1,
     "docs/extending.md": 1,
     "docs/formats.md": 1,
+    "docs/getting-started.md": 1,
     "docs/gpt-oss.md": 1,
+    "docs/hardware.md": 1,
     "docs/hub.md": 1,
     "docs/loading.md": 8,
     "docs/mxfp4.md": 1,
@@ -159,12 +163,34 @@ def test_every_python_block_of_the_pages_is_found() -> None:
         )
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-    for page in pages:
-        for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text("utf-8")):
-            linked = page.parent / target if target else page
-            assert linked.exists(), f"{page.name}: {target}"
-            if anchor:
-                headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
-                assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+def pages_with_links() -> list[Path]:
+    return [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "notebooks").rglob("*.md")]
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What GitHub makes of headings: words with hyphens, and a number from the second of the same on."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    anchors: set[str] = set()
+    for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE):
+        name = re.sub(r"[^\w -]", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)).lower().replace(" ", "-")
+        numbered = (f"{name}-{number}" for number in itertools.count(1))
+        anchors.add(name if name not in anchors else next(other for other in numbered if other not in anchors))
+    return anchors
+
+
+@pytest.mark.parametrize("page", pages_with_links(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    text = page.read_text("utf-8")
+    links = re.findall(r"\]\(([^)#: ]*)(?:#([^) ]*))?\)", text)
+    links += [(target, "") for target in re.findall(r"(?:src|srcset|href)=\"([^\":]+)\"", text)]
+    for target, anchor in links:
+        linked = page.parent / target if target else page
+        assert linked.exists(), f"{page.name}: {target}"
+        if anchor:
+            assert anchor in anchors_of(linked), f"{page.name}: {target}#{anchor}"
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    text = "".join((ROOT / page).read_text("utf-8") for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))
+    missing = [page.name for page in (ROOT / "docs").glob("*.md") if f"(docs/{page.name}" not in text]
+    assert not missing
