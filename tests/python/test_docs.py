@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -188,6 +189,13 @@ def test_links_between_pages_lead_somewhere(page: Path) -> None:
         assert linked.exists(), f"{page.name}: {target}"
         if anchor:
             assert anchor in anchors_of(linked), f"{page.name}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_picture_is_what_its_script_draws(theme: str) -> None:
+    script = runpy.run_path(str(ROOT / "tools" / "pipeline_picture.py"))
+    drawn = (ROOT / "docs" / "pictures" / f"pipeline-{theme}.svg").read_text("utf-8")
+    assert drawn == script["picture"](script["THEMES"][theme]), "run `python tools/pipeline_picture.py`"
 
 
 def test_the_readme_leads_to_every_page() -> None:
