@@ -198,6 +198,15 @@ def test_the_picture_is_what_its_script_draws(theme: str) -> None:
     assert drawn == script["picture"](script["THEMES"][theme]), "run `python tools/pipeline_picture.py`"
 
 
+def test_files_that_contributors_are_told_of_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").replace("NAME/", "gpt_oss/").replace("OP/", "linear/")
+    # Rules of what is there, in the words of the page: a name in capitals is one that is to be made.
+    paths = {path for path in re.findall(r"`([\w./]+/[\w./]*)`", text) if not re.search(r"[A-Z]{4}", path)}
+    roots = [ROOT, ROOT / "python" / "tensorport"]
+    assert len(paths) > 20
+    assert not {path for path in paths if not any((root / path).exists() for root in roots)}
+
+
 def test_the_readme_leads_to_every_page() -> None:
     text = "".join((ROOT / page).read_text("utf-8") for page in ("README.md", "CONTRIBUTING.md", "SECURITY.md"))
     missing = [page.name for page in (ROOT / "docs").glob("*.md") if f"(docs/{page.name}" not in text]
