@@ -159,8 +159,8 @@ def signature(node: ast.FunctionDef) -> str:
 
 
 def with_defaults(arguments: list[ast.arg], defaults: list[ast.expr]) -> Iterator[tuple[ast.arg, ast.expr | None]]:
-    missing: list[ast.expr | None] = [None] * (len(arguments) - len(defaults))
-    return zip(arguments, missing + defaults, strict=True)
+    missing = [None] * (len(arguments) - len(defaults))
+    return zip(arguments, [*missing, *defaults], strict=True)
 
 
 def plain(argument: ast.arg, default: ast.expr | None) -> str:
