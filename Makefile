@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # The newest Python that the machine has besides $(PYTHON); tests run on both ends of the range.
-NEWEST := $(shell $(PYTHON) tools/newest_python.py)
+NEWEST := $(shell $(PYTHON) tools/supported_pythons.py)
 NEWEST_VENV := .venv-newest
 
 # Rust tests of the binding embed Python, so they need its shared library.
@@ -16,9 +16,11 @@ LIBPYTHON_DIR := $(shell $(PYTHON) -c "import sysconfig as s; print(s.get_config
 BENCH_PYTHON ?= $(BIN)/python
 
 RUST_SOURCES := $(shell find src -type f) Cargo.toml Cargo.lock pyproject.toml
-WHEEL_STAMP := dist/.built
+# The wheel that tests install; those of a release are in dist/.
+WHEELS := target/wheels
+WHEEL_STAMP := $(WHEELS)/.built
 
-.PHONY: demo test test-rust test-arm test-python test-newest lint format miri sanitize test-gpu bench bench-gpu clean
+.PHONY: demo test test-rust test-arm test-python test-newest lint format miri sanitize test-gpu bench bench-gpu wheel smoke clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tensorport demo
@@ -120,6 +122,26 @@ bench-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
 	$(BENCH_PYTHON) benchmarks/gpu_kernels.py
 	$(BENCH_PYTHON) benchmarks/gpu_model.py --json gpu_model.jsonl
 
+# What a release is made of, in dist/: a wheel for each processor whose standard library rustup has, and the sdist. Zig links
+# against an old glibc, and for other processors. Cargo's package is checked as well.
+WHEEL_TARGETS := x86_64-unknown-linux-gnu aarch64-unknown-linux-gnu
+wheel: $(VENV)/.zig
+	rm -rf dist
+	$(BIN)/maturin sdist --out dist
+	set -e; for target in $(WHEEL_TARGETS); do \
+		if test -d "$$(rustc --print target-libdir --target $$target)"; then \
+			PATH="$(CURDIR)/$(BIN):$$PATH" maturin build --release --zig --compatibility manylinux_2_28 \
+				--target $$target --out dist; \
+		else \
+			echo "no wheel for $$target: rustup target add $$target"; \
+		fi; \
+	done
+	cargo package --allow-dirty
+
+# The wheel on every supported Python of the machine, and the sdist on one, as a user would install them.
+smoke:
+	$(PYTHON) tools/smoke_test.py
+
 clean:
 	rm -rf $(VENV) $(NEWEST_VENV) target dist
 
@@ -129,8 +151,8 @@ target/release/tensorport: $(RUST_SOURCES)
 
 # One wheel for every Python: the extension is abi3.
 $(WHEEL_STAMP): $(VENV)/.maturin $(RUST_SOURCES) $(shell find python \( -name '*.py*' -o -name '*.jinja' \) -not -path '*/__pycache__/*')
-	rm -rf dist
-	$(BIN)/maturin build --release --out dist
+	rm -rf $(WHEELS)
+	$(BIN)/maturin build --release --out $(WHEELS)
 	@touch $@
 
 $(VENV)/.maturin:
@@ -138,13 +160,17 @@ $(VENV)/.maturin:
 	$(BIN)/python -m pip install --quiet --upgrade pip 'maturin>=1.9,<2'
 	@touch $@
 
+$(VENV)/.zig: $(VENV)/.maturin
+	$(BIN)/python -m pip install --quiet ziglang
+	@touch $@
+
 # As an argument of a function.
 comma := ,
 
 # $(1): folder of the virtual environment, $(2): extra of the package.
 define install
-	$(1)/bin/python -m pip install --quiet --upgrade "$$(ls dist/*.whl)[$(2)]"
-	$(1)/bin/python -m pip install --quiet --force-reinstall --no-deps dist/*.whl
+	$(1)/bin/python -m pip install --quiet --upgrade "$$(ls $(WHEELS)/*.whl)[$(2)]"
+	$(1)/bin/python -m pip install --quiet --force-reinstall --no-deps $(WHEELS)/*.whl
 endef
 
 $(VENV)/.demo: $(WHEEL_STAMP)

@@ -29,17 +29,27 @@ __all__ = [
 ]
 
 __version__: Final[str]
+"""The version of the package: that of `Cargo.toml`."""
 
 _Path = str | os.PathLike[str]
 # phase, bytes_done, bytes_total, tensors_done, tensors_total, tensor
 _Callback = Callable[[str, int, int, int, int, str], Any]
 
-class TensorportError(Exception): ...
-class CheckpointError(TensorportError): ...
-class MappingError(TensorportError): ...
-class ConversionError(TensorportError): ...
+class TensorportError(Exception):
+    """Base of the errors that only tensorport raises."""
+
+class CheckpointError(TensorportError):
+    """The bytes of a checkpoint are wrong. Names the file, the tensor, what was found and what was expected."""
+
+class MappingError(TensorportError):
+    """Names or shapes of tensors do not fit what was asked for."""
+
+class ConversionError(TensorportError):
+    """A conversion cannot go on: the output folder is in use, or values do not fit the precision."""
 
 class VerificationError(TensorportError):
+    """What was written does not read back. The attribute `report` is the VerificationReport."""
+
     report: Any
 
 @final
