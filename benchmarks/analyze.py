@@ -219,8 +219,8 @@ def _facts(group: Group) -> str:
         rounds = len({(member.date, member.round) for member in series.records})
         versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
         settings = record.settings
-        how = [f"{rounds} round{'s' * (rounds > 1)}", f"{settings.get('warmups')} warm-ups"]
-        how += [f"{settings['threads']} threads"] if "threads" in settings else []
+        counts = {"round": rounds, "warm-up": settings.get("warmups"), "thread": settings.get("threads")}
+        how = [f"{count} {name}{'s' * (count != 1)}" for name, count in counts.items() if count is not None]
         how += [f"MXFP4 {settings['mxfp4']}"] if "mxfp4" in settings else []
         lines.append(f"{series.label}: {versions}; {', '.join(how)}.")
     if not all(record.settings["warmups_are_full"] for record in group.records):
