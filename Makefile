@@ -20,7 +20,7 @@ RUST_SOURCES := $(shell find src -type f) Cargo.toml Cargo.lock pyproject.toml
 WHEELS := target/wheels
 WHEEL_STAMP := $(WHEELS)/.built
 
-.PHONY: demo test test-rust test-arm test-python test-newest lint format miri sanitize test-gpu bench bench-gpu wheel smoke clean
+.PHONY: demo test test-rust test-arm test-python test-newest lint format miri sanitize test-gpu bench bench-gpu tune-gpu wheel smoke clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tensorport demo
@@ -141,6 +141,10 @@ wheel: $(VENV)/.zig
 # The wheel on every supported Python of the machine, and the sdist on one, as a user would install them.
 smoke:
 	$(PYTHON) tools/smoke_test.py
+
+# Writes the fastest settings of kernels into python/tensorport/kernels/tuned.json.
+tune-gpu: $(if $(filter $(BIN)/python,$(BENCH_PYTHON)),$(VENV)/.dev)
+	$(BENCH_PYTHON) benchmarks/gpu_tune.py
 
 clean:
 	rm -rf $(VENV) $(NEWEST_VENV) target dist

@@ -109,15 +109,12 @@ def _time(  # noqa: PLR0917 - what a case is made of
 ) -> gpu_ceiling.Result:
     if not setting.is_gpu and not is_quick:
         raise gpu_ceiling.Skip(TOO_MUCH_FOR_A_CPU)
-    compute, note = _function(setting, measured, case, implementation, dtype)
-    # At least two sets of arguments, so that each leaves the caches before its next turn.
-    sets = max(2, math.ceil((0 if is_quick else CACHE_BYTES) / max(case.weight_bytes, 1)))
-    make = jax.jit(functools.partial(case.arguments, dtype=jnp.dtype(dtype)))
-    inputs = [measured.op.arguments(*jax.block_until_ready(make(jax.random.key(seed)))) for seed in range(sets)]
+    compute, note = function(setting, measured, case, implementation, dtype)
+    inputs = inputs_of(measured, case, dtype, is_quick=is_quick)
     reference = jax.jit(lambda *args: measured.op.implementations["xla"].run(*args, *measured.settings))
-    difference = _difference(compute(*inputs[0]), reference(*inputs[0]), dtype)
-    timing = gpu_ceiling.measure(setting, lambda number: compute(*inputs[number % sets]), calls=0)
-    notes = [note, f"differs by {difference:.1e}"] if implementation != "xla" else [note]
+    differs_by = difference(compute(*inputs[0]), reference(*inputs[0]), dtype)
+    timing = gpu_ceiling.measure(setting, lambda number: compute(*inputs[number % len(inputs)]), calls=0)
+    notes = [note, f"differs by {differs_by:.1e}"] if implementation != "xla" else [note]
     return gpu_ceiling.measured(
         timing,
         nbytes=case.weight_bytes,
@@ -127,7 +124,14 @@ def _time(  # noqa: PLR0917 - what a case is made of
     )
 
 
-def _function(
+def inputs_of(measured: Measured, case: Case, dtype: str, *, is_quick: bool) -> list[tuple[Any, ...]]:
+    """At least two sets of arguments, so that each leaves the caches before its next turn."""
+    sets = max(2, math.ceil((0 if is_quick else CACHE_BYTES) / max(case.weight_bytes, 1)))
+    make = jax.jit(functools.partial(case.arguments, dtype=jnp.dtype(dtype)))
+    return [measured.op.arguments(*jax.block_until_ready(make(jax.random.key(seed)))) for seed in range(sets)]
+
+
+def function(
     setting: gpu_ceiling.Setting, measured: Measured, case: Case, implementation: str, dtype: str
 ) -> tuple[Callable[..., Any], str]:
     """What is timed, and how it runs where that is not as users have it."""
@@ -143,14 +147,14 @@ def _function(
     return jax.jit(lambda *args: compute(*args, *measured.settings)), note
 
 
-def _difference(found: Any, wanted: Any, dtype: str) -> float:
+def difference(found: Any, wanted: Any, dtype: str) -> float:
     """The largest, as a share of the largest value."""
     found, wanted = (np.asarray(array, np.float64) for array in (found, wanted))
-    difference = float(np.abs(found - wanted).max() / np.abs(wanted).max())
+    differs_by = float(np.abs(found - wanted).max() / np.abs(wanted).max())
     most = 2 * float(jnp.finfo(dtype).eps) if dtype != "float32" else 1e-4
-    if not difference <= most:
-        raise ValueError(f"differs from xla by {difference:.1e} of the largest value, expected at most {most:.1e}")
-    return difference
+    if not differs_by <= most:
+        raise ValueError(f"differs from xla by {differs_by:.1e} of the largest value, expected at most {most:.1e}")
+    return differs_by
 
 
 def main() -> int:

@@ -42,11 +42,11 @@ def test_every_kernel_is_measured_or_says_why_not(tmp_path: Path) -> None:
 
 def test_a_result_that_is_not_that_of_xla_fails(script: Any) -> None:
     wanted = np.linspace(-1, 1, 7)
-    assert script._difference(wanted, wanted, "bfloat16") == 0
+    assert script.difference(wanted, wanted, "bfloat16") == 0
     with pytest.raises(ValueError, match=r"differs from xla by 1\.0e-01 of the largest value, expected at most"):
-        script._difference(wanted + 0.1, wanted, "bfloat16")
+        script.difference(wanted + 0.1, wanted, "bfloat16")
     with pytest.raises(ValueError, match="differs from xla by nan"):
-        script._difference(wanted * np.nan, wanted, "float32")
+        script.difference(wanted * np.nan, wanted, "float32")
 
 
 @pytest.fixture

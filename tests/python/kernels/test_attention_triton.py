@@ -44,8 +44,8 @@ def test_values_are_those_of_float64(queries: int, keys: int, sliding_window: in
 
 
 def test_the_cases_divide_keys_among_programs_and_do_not() -> None:
-    assert TritonConfig.choose(B * G, N // G, 300).splits > 1
-    assert TritonConfig.choose(64, 64 * 64, 300).splits == 1
+    assert TritonConfig.rule(B * G, N // G, 300).splits > 1
+    assert TritonConfig.rule(64, 64 * 64, 300).splits == 1
 
 
 def test_keys_that_are_not_divided_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

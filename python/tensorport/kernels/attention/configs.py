@@ -1,6 +1,11 @@
 """How many queries and keys are worked on at once."""
 
 import dataclasses
+import itertools
+
+from jax.typing import DTypeLike
+
+from tensorport.kernels import tuned
 
 __all__ = ["Config", "TritonConfig"]
 
@@ -46,8 +51,15 @@ class TritonConfig:
     num_stages: int
 
     @classmethod
-    def choose(cls, groups: int, rows: int, keys: int) -> "TritonConfig":
-        """The settings for so many groups of heads, queries of each and keys. Not measured on a GPU.
+    def choose(cls, groups: int, rows: int, keys: int, head_dim: int, dtype: DTypeLike) -> "TritonConfig":
+        """The settings for groups of heads, queries of each, and keys: what was measured, or those of the rule."""
+        up_to = {"groups": groups, "rows": rows, "keys": keys}
+        found = tuned.find("attention", dtype, up_to=up_to, head_dim=head_dim)
+        return cls.rule(groups, rows, keys) if found is None else cls(**found)
+
+    @classmethod
+    def rule(cls, groups: int, rows: int, keys: int) -> "TritonConfig":
+        """The settings where nothing was measured.
 
         The keys are divided where queries alone would leave multiprocessors without work.
         """
@@ -55,3 +67,11 @@ class TritonConfig:
         programs = groups * -(-rows // block_rows)
         splits = max(1, min(_PROGRAMS // programs, -(-keys // block_keys)))
         return cls(block_rows, block_keys, splits, num_warps=4, num_stages=2)
+
+    @classmethod
+    def space(cls, rows: int, keys: int) -> "list[TritonConfig]":
+        """What can be tried for so many queries of a group of heads, and keys."""
+        blocks_rows = [size for size in (16, 32, 64, 128) if size < 2 * max(rows, 16)]
+        splits = [number for number in (1, 2, 4, 8, 16, 32) if number == 1 or (rows <= 64 and number * 32 <= keys)]
+        sizes = itertools.product(blocks_rows, [32, 64, 128], splits, [4, 8], [2, 3])
+        return [cls(*fields) for fields in sizes]

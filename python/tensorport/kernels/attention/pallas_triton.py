@@ -54,7 +54,7 @@ def _attention(  # noqa: PLR0917 - as above
     (batch, queries, heads, head_dim), (keys, key_heads) = query.shape, key.shape[1:3]
     heads_of_group = heads // key_heads
     rows = queries * heads_of_group
-    config = TritonConfig.choose(batch * key_heads, rows, keys)
+    config = TritonConfig.choose(batch * key_heads, rows, keys, head_dim, query.dtype)
     # What shares a head of keys stands together: row r is head r % heads_of_group of query r // heads_of_group.
     grouped = query.reshape(batch, queries, key_heads, heads_of_group, head_dim).swapaxes(1, 2)
     of_row = jax.ShapeDtypeStruct((config.splits, batch, key_heads, rows), jnp.float32)

@@ -38,7 +38,7 @@ def expert_matmul(
 ) -> Float[Array, "t n"]:
     """X [T, K] . w[expert_ids] [T, N, K] -> [T, N]. `interpret` runs it on any device, slowly: for tests."""
     (tokens, k), (experts, n, _) = x.shape, w.shape
-    config = choose_triton(tokens, experts)
+    config = choose_triton("mxfp4.expert_matmul", tokens, experts, n, k, x.dtype)
     if tokens > FEW_TOKENS:
         chunks = chunk_by_expert(expert_ids, experts, config.block_m)
         return grouped(config, [x], w, chunks, choices=1, dtype=x.dtype, interpret=interpret)

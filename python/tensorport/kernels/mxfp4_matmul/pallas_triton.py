@@ -35,7 +35,7 @@ def matmul(x: Float[Array, "*batch k"], w: MXFP4Array, *, interpret: bool = Fals
     n = w.shape[0]
     m = math.prod(batch)
     even, odd = split_pairs(x.reshape(m, k))
-    config = TritonConfig.choose(m)
+    config = TritonConfig.choose(m, n, k, x.dtype)
     body = _few_rows if m <= FEW_ROWS else _many_rows
     out = pl.pallas_call(
         functools.partial(body, config),

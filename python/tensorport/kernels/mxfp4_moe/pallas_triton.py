@@ -35,7 +35,8 @@ def moe(
     interpret: bool = False,
 ) -> Float[Array, "t h"]:
     """The outputs of each token's experts, weighted and summed. `interpret` runs it on any device: for tests."""
-    config = choose_triton(router_indices.size, experts.gate_up.shape[0])
+    count, width2, hidden = experts.gate_up.shape
+    config = choose_triton("mxfp4.moe", router_indices.size, count, width2, hidden, x.dtype)
     compute = _few_pairs if router_indices.size <= FEW_TOKENS else _many_pairs
     out = compute(config, x, router_indices, router_weights, experts, activation, interpret)
     ids = ids_of_experts(router_indices, experts.gate_up.shape[0])
