@@ -154,7 +154,7 @@ target/release/tensorport: $(RUST_SOURCES)
 	@touch $@
 
 # One wheel for every Python: the extension is abi3.
-$(WHEEL_STAMP): $(VENV)/.maturin $(RUST_SOURCES) $(shell find python \( -name '*.py*' -o -name '*.jinja' \) -not -path '*/__pycache__/*')
+$(WHEEL_STAMP): $(VENV)/.maturin $(RUST_SOURCES) $(shell find python \( -name '*.py*' -o -name '*.jinja' -o -name '*.json' \) -not -path '*/__pycache__/*')
 	rm -rf $(WHEELS)
 	$(BIN)/maturin build --release --out $(WHEELS)
 	@touch $@
