@@ -18,6 +18,9 @@ import numpy as np
 import pytest
 import tensorport
 
+# Children are started from a process in which other tests have started JAX; they run a program of their own at once.
+pytestmark = pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CLASSES = ["reasoning", "code", "chat", "long_context", "languages"]
 # What is measured means nothing here, and compiling takes most of the time.

@@ -240,7 +240,8 @@ def test_every_notebook_is_executed_here() -> None:
     tests = Path(__file__).read_text("utf-8")
     assert NOTEBOOKS
     for path in NOTEBOOKS:
-        assert f'executed("{path.stem}"' in tests, path.name
+        name = path.relative_to(ROOT / "notebooks").with_suffix("")
+        assert f'executed("{name}"' in tests, path.name
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
