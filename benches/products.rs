@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{activations, noise, threads, to_bf16};
+use common::{RayonThreads, activations, noise, to_bf16};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use tensorport::kernels::{Floats, FloatsMut, Matrix, linear};
 use tensorport::simd::Level;
@@ -35,7 +35,7 @@ fn products(criterion: &mut Criterion) {
             for (dtype, x) in [("bfloat16", Floats::Bf16(&halves[..m * K])), ("float32", Floats::F32(&x[..m * K]))] {
                 let level = Level::best();
                 group.bench_function(format!("{m} rows of {dtype}, {level}"), |bencher| {
-                    bencher.iter(|| linear(level, threads(), x, &matrix, None, FloatsMut::F32(&mut out[..m * N])));
+                    bencher.iter(|| linear(level, &RayonThreads, x, &matrix, None, FloatsMut::F32(&mut out[..m * N])));
                 });
             }
         }

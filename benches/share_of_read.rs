@@ -8,7 +8,7 @@ mod common;
 
 use std::time::Instant;
 
-use common::{activations, noise, read, threads, to_bf16};
+use common::{RayonThreads, activations, noise, read, to_bf16};
 use tensorport::kernels::{Attention, Experts, Floats, FloatsMut, Matrix, attention, linear, moe};
 use tensorport::simd::Level;
 
@@ -78,7 +78,7 @@ fn one_row() {
         for level in Level::all() {
             for (dtype, x) in [("bfloat16", Floats::Bf16(&halves)), ("float32", Floats::F32(&x))] {
                 measure(&format!("{format}, one row of {dtype}, {level}"), bytes, memory, || {
-                    linear(level, threads(), x, &matrix, None, FloatsMut::F32(&mut out));
+                    linear(level, &RayonThreads, x, &matrix, None, FloatsMut::F32(&mut out));
                 });
             }
         }
@@ -109,7 +109,7 @@ fn mixture() {
         };
         let level = Level::best();
         let mix = |first: i32, x: Floats<'_>, out: FloatsMut<'_>| {
-            moe(level, threads(), x, &[0, 1, 2, 3].map(|number| first + number), &[0.25; 4], &experts, out);
+            moe(level, &RayonThreads, x, &[0, 1, 2, 3].map(|number| first + number), &[0.25; 4], &experts, out);
         };
         measure(&format!("{kind}, one row of bfloat16, {level}"), bytes, &gate_up, || {
             (0..32).step_by(4).for_each(|first| mix(first, Floats::Bf16(&halves), FloatsMut::Bf16(&mut halves_out)));
@@ -148,7 +148,7 @@ fn one_query() {
             window: None,
         };
         measure(&format!("attention of one query over {KEYS} keys, {level}"), memory.len(), &memory, || {
-            attention(level, threads(), &inputs, FloatsMut::Bf16(&mut out));
+            attention(level, &RayonThreads, &inputs, FloatsMut::Bf16(&mut out));
         });
     }
 }

@@ -3,10 +3,8 @@
 #![allow(dead_code, reason = "each bench uses some of it")]
 
 use std::hint::black_box;
-use std::sync::LazyLock;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread::available_parallelism;
 
+use rayon::prelude::*;
 use tensorport::kernels::{Threads, for_each};
 
 /// Bytes without a pattern.
@@ -23,48 +21,23 @@ pub fn noise(length: usize) -> Vec<u8> {
     bytes
 }
 
-/// Threads that wait for work, as those of XLA do, which run these kernels for users; the caller works as well.
-pub struct Pool(rayon::ThreadPool);
+/// Rayon's threads, on all cores. They wait for work, as those of XLA do, which run these kernels for users.
+pub struct RayonThreads;
 
-impl Threads for Pool {
+impl Threads for RayonThreads {
     fn count(&self) -> usize {
-        self.0.current_num_threads() + 1
+        rayon::current_num_threads()
     }
 
     fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        let next = AtomicUsize::new(0);
-        let work = || {
-            loop {
-                let number = next.fetch_add(1, Ordering::Relaxed);
-                if number >= tasks {
-                    break;
-                }
-                task(number);
-            }
-        };
-        self.0.in_place_scope(|scope| {
-            for _ in 1..self.count().min(tasks) {
-                scope.spawn(|_| work());
-            }
-            work();
-        });
+        (0..tasks).into_par_iter().with_max_len(1).for_each(task);
     }
-}
-
-/// All cores.
-pub fn threads() -> &'static Pool {
-    static POOL: LazyLock<Pool> = LazyLock::new(|| {
-        // Rayon takes none for as many as there are cores.
-        let helpers = available_parallelism().map_or(1, std::num::NonZero::get).saturating_sub(1).max(1);
-        Pool(rayon::ThreadPoolBuilder::new().num_threads(helpers).build().expect("threads"))
-    });
-    &POOL
 }
 
 /// Reads all bytes, on all cores.
 pub fn read(bytes: &[u8]) {
-    let part = bytes.len().div_ceil(threads().count());
-    for_each(threads(), bytes.chunks(part), &|part| {
+    let part = bytes.len().div_ceil(RayonThreads.count());
+    for_each(&RayonThreads, bytes.chunks(part), &|part| {
         let sums = part.as_chunks::<512>().0.iter().fold([0u64; 64], |mut sums, chunk| {
             for (sum, word) in sums.iter_mut().zip(chunk.as_chunks::<8>().0) {
                 *sum ^= u64::from_le_bytes(*word);

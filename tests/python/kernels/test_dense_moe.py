@@ -6,60 +6,28 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import mxfp4_oracle as oracle
 import numpy as np
 import pytest
-from mxfp4_cases import float64, random_array, random_weights, temporary_bytes
-from numpy.typing import NDArray
+from moe_cases import CHOICES, WIDTH, E, H, expected, inputs
+from mxfp4_cases import float64, random_weights, temporary_bytes
 from tensorport import kernels, mxfp4
 from tensorport.kernels.dense_moe.api import dense_moe
 from tensorport.kernels.mxfp4_moe.types import ELSEWHERE
-
-E, H, WIDTH, CHOICES = 6, 96, 160, 3  # experts, stream, width between the layers, experts of a token
 
 TOLERANCE = {"bfloat16": 2**-8, "float16": 2**-10, "float32": 1e-5, "float64": 1e-12}
 """Of the largest value: a rounding to the dtype, or sums of 96 and 160 products in float32."""
 
 
-def quantized(tokens: int, dtype: Any = jnp.float32, seed: int = 0) -> list[Any]:
-    """Arguments of mxfp4.moe; gates and ups reach beyond the limit now and then."""
-    rng = np.random.default_rng(seed)
-    chosen = np.stack([rng.permutation(E)[:CHOICES] for _ in range(tokens)]).reshape(tokens, CHOICES)
-    return [
-        random_array(tokens, H, dtype=dtype, seed=seed),
-        jnp.asarray(chosen, jnp.int32),
-        jnp.asarray(rng.random((tokens, CHOICES)), dtype),
-        random_weights(E, 2 * WIDTH, H, seed=seed + 1, scales=(119, 126)),
-        random_array(E, 2 * WIDTH, dtype=dtype, seed=seed + 2),
-        random_weights(E, H, WIDTH, seed=seed + 3, scales=(117, 124)),
-        random_array(E, H, dtype=dtype, seed=seed + 4),
-    ]
-
-
-def decoded(args: list[Any], dtype: Any = jnp.float32) -> list[Any]:
+def decoded(args: tuple[Any, ...], dtype: Any = jnp.float32) -> list[Any]:
     """The same arguments with matrices that are dense; every MXFP4 value of these is exact in every dtype."""
     return [mxfp4.dequantize(arg, dtype) if isinstance(arg, mxfp4.MXFP4Array) else arg for arg in args]
-
-
-def expected(args: list[Any], limit: float = 7.0, alpha: float = 1.702) -> NDArray[np.float64]:
-    """The formula in float64, token by token."""
-    x, chosen, weights, gate_up, gate_up_bias, down, down_bias = args
-    gate_up, down = (oracle.decode(np.asarray(w.blocks), np.asarray(w.scales)) for w in (gate_up, down))
-    out = np.zeros(x.shape)
-    for token, row in enumerate(float64(x)):
-        for expert, weight in zip(np.asarray(chosen)[token], float64(weights)[token], strict=True):
-            h = gate_up[expert] @ row + float64(gate_up_bias)[expert]
-            gate, up = np.minimum(h[::2], limit), h[1::2].clip(-limit, limit)
-            a = gate / (1 + np.exp(-alpha * gate)) * (up + 1)
-            out[token] += weight * (down[expert] @ a + float64(down_bias)[expert])
-    return out
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 @pytest.mark.parametrize("tokens", [1, 5, 131])
 def test_values_are_those_of_the_formula(tokens: int, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
-        args = quantized(tokens, dtype)
+        args = inputs(tokens, dtype)
         found = dense_moe(*decoded(args, dtype))
     assert (found.dtype, found.shape) == (args[0].dtype, (tokens, H))
     wanted = expected(args)
@@ -69,7 +37,7 @@ def test_values_are_those_of_the_formula(tokens: int, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("tokens", [1, 5, 37])
 def test_transposed_matrices_are_multiplied_as_they_are(tokens: int, dtype: str) -> None:
-    args = decoded(quantized(tokens, dtype), dtype)
+    args = decoded(inputs(tokens, dtype), dtype)
     transposed = [jnp.swapaxes(arg, 1, 2) if arg.ndim == 3 else arg for arg in args]
     found, wanted = float64(dense_moe(*transposed, transposed=True)), float64(dense_moe(*args))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2 * TOLERANCE[dtype] * np.abs(wanted).max())
@@ -80,21 +48,21 @@ def test_transposed_matrices_are_multiplied_as_they_are(tokens: int, dtype: str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("tokens", [1, 5, 37])
 def test_it_equals_mxfp4_moe_on_the_decoded_matrices(tokens: int, dtype: str) -> None:
-    args = quantized(tokens, dtype, seed=11)
+    args = inputs(tokens, dtype, seed=11)
     found, wanted = (float64(result) for result in (dense_moe(*decoded(args, dtype)), mxfp4.moe(*args)))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2 * TOLERANCE[dtype] * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize(("limit", "alpha"), [(0.5, 1.0), (np.inf, 3.0)])
 def test_limit_and_alpha(limit: float, alpha: float) -> None:
-    args = quantized(9)
+    args = inputs(9)
     wanted = expected(args, limit, alpha)
     found = dense_moe(*decoded(args), limit=limit, alpha=alpha)
     np.testing.assert_allclose(float64(found), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_pairs_elsewhere_add_nothing() -> None:
-    args = decoded(quantized(5))
+    args = decoded(inputs(5))
     args[1] = args[1].at[1, 0].set(ELSEWHERE).at[3].set(ELSEWHERE)
     without = [*args]
     without[1] = jnp.where(args[1] == ELSEWHERE, 0, args[1])
@@ -105,7 +73,7 @@ def test_pairs_elsewhere_add_nothing() -> None:
 
 
 def test_a_token_with_an_index_that_no_expert_has_becomes_nan_and_no_other() -> None:
-    args = decoded(quantized(5))
+    args = decoded(inputs(5))
     clean = np.asarray(dense_moe(*args))
     args[1] = args[1].at[1, 0].set(-1).at[3, 2].set(E)
     found = np.asarray(dense_moe(*args))
@@ -114,7 +82,7 @@ def test_a_token_with_an_index_that_no_expert_has_becomes_nan_and_no_other() -> 
 
 
 def test_experts_without_tokens_are_not_touched() -> None:
-    args = decoded(quantized(4))
+    args = decoded(inputs(4))
     args[1] = jnp.asarray([[1, 2, 4]] * 4)
     clean = dense_moe(*args)
     unused = jnp.asarray([0, 3, 5])
@@ -124,7 +92,7 @@ def test_experts_without_tokens_are_not_touched() -> None:
 
 
 def test_empty_arrays() -> None:
-    args = decoded(quantized(5))
+    args = decoded(inputs(5))
     assert dense_moe(args[0][:0], args[1][:0], args[2][:0], *args[3:]).shape == (0, H)
     none = dense_moe(args[0], args[1][:, :0], args[2][:, :0], *args[3:])
     np.testing.assert_array_equal(none, np.zeros((5, H)))
@@ -135,7 +103,7 @@ def test_empty_arrays() -> None:
 
 
 def test_jit_and_vmap_change_nothing() -> None:
-    first, second = (decoded(quantized(5, seed=seed)) for seed in (0, 20))
+    first, second = (decoded(inputs(5, seed=seed)) for seed in (0, 20))
     batch = [jnp.stack([a, b]) for a, b in zip(first[:3], second[:3], strict=True)]
     found = jax.vmap(dense_moe, (0, 0, 0, None, None, None, None))(*batch, *first[3:])
     jitted = jax.jit(partial(dense_moe, implementation="xla"))
@@ -146,7 +114,7 @@ def test_jit_and_vmap_change_nothing() -> None:
 
 
 def test_reverse_mode_is_refused() -> None:
-    x, *rest = decoded(quantized(3))
+    x, *rest = decoded(inputs(3))
     with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
         jax.grad(lambda x: jnp.sum(dense_moe(x, *rest)))(x)
 
@@ -173,7 +141,7 @@ def test_memory_does_not_grow_with_the_number_of_experts() -> None:
 
 
 def test_which_implementation_runs_is_told() -> None:
-    args = decoded(quantized(5), jnp.bfloat16)
+    args = decoded(inputs(5), jnp.bfloat16)
     explained = kernels.explain(dense_moe, *args)
     assert (explained.op, explained.implementation) == ("dense_moe", "native")
     args[3] = args[3].astype(jnp.float32)
@@ -184,7 +152,7 @@ def test_which_implementation_runs_is_told() -> None:
 
 def wrong(number: int, value: Any) -> Callable[[], Any]:
     def call() -> Any:
-        args = decoded(quantized(5))
+        args = decoded(inputs(5))
         args[number] = value
         return dense_moe(*args)
 
