@@ -138,7 +138,7 @@ wheel: $(VENV)/.zig
 	done
 	cargo package --allow-dirty
 
-# The wheel on every supported Python of the machine, and the sdist on one, as a user would install them.
+# The wheel and the sdist on every supported Python of the machine, as a user would install them.
 smoke:
 	$(PYTHON) tools/smoke_test.py
 

@@ -113,9 +113,8 @@ def main() -> int:
         for batch in options.batch or [1]:
             for name, (program, arguments) in programs(config, implementation, batch).items():
                 for label, xla in OPTIONS.items():
-                    keep = options.keep and options.keep / f"{implementation} {batch} {name} {label}.txt".replace(
-                        " ", "-"
-                    )
+                    file = "-".join([implementation, str(batch), *name.split(), label])
+                    keep = options.keep and options.keep / f"{file}.txt"
                     began = time.perf_counter()
                     thunks = thunks_of(program, arguments, xla, keep)
                     found, seconds = count_captured(thunks), time.perf_counter() - began

@@ -18,6 +18,11 @@ METADATA: dict[str, Any] = {
 """Of every notebook: no version of Python, no state of widgets."""
 
 
+def stored() -> list[Path]:
+    """All notebooks, but for the copies that an editor keeps."""
+    return sorted(path for path in NOTEBOOKS.rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
+
+
 def clean(text: str) -> str:
     """A notebook as it is stored."""
     notebook = json.loads(text)
@@ -33,9 +38,7 @@ def clean(text: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Rewrites those that differ, and names them."""
-    for path in (
-        map(Path, arguments) if arguments else sorted([*NOTEBOOKS.glob("*.ipynb"), *NOTEBOOKS.glob("*/*.ipynb")])
-    ):
+    for path in map(Path, arguments) if arguments else stored():
         text = path.read_text("utf-8")
         if text != clean(text):
             path.write_text(clean(text), encoding="utf-8", newline="\n")

@@ -1,8 +1,8 @@
 """Installs the wheels and the sdist of dist/ as a user would, and uses what was installed.
 
 Every supported Python of the machine gets a virtual environment of its own with the wheel for this processor, first
-with nothing but what the package needs, then with the extras `jax` and `text`. The first Python gets the sdist too,
-which cargo builds. Nothing of the checkout is imported: all runs in temporary folders.
+with nothing but what the package needs, then with the extras `jax` and `text`; and another one with the sdist, which
+cargo builds. Nothing of the checkout is imported: all runs in temporary folders.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def main() -> None:
     pythons = [python for minor in supported_pythons.SUPPORTED if (python := supported_pythons.find(minor))]
     for python in pythons:
         check_installed(python, here[0], version, with_jax=not arguments.skip_jax)
-    check_installed(pythons[0], sdist, version, with_jax=False)
+        check_installed(python, sdist, version, with_jax=False)
 
 
 if __name__ == "__main__":
