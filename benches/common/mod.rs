@@ -3,8 +3,8 @@
 #![allow(dead_code, reason = "each bench uses some of it")]
 
 use std::hint::black_box;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rayon::prelude::*;
 use tensorport::kernels::{Threads, for_each};
 
 /// Bytes without a pattern.
@@ -30,7 +30,16 @@ impl Threads for RayonThreads {
     }
 
     fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        (0..tasks).into_par_iter().with_max_len(1).for_each(task);
+        let next = AtomicUsize::new(0);
+        let work = || {
+            while let Some(number) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|number| *number < tasks) {
+                task(number);
+            }
+        };
+        rayon::scope(|scope| {
+            (1..self.count().min(tasks)).for_each(|_| scope.spawn(|_| work()));
+            work();
+        });
     }
 }
 

@@ -2,18 +2,24 @@
 
 use std::iter::zip;
 use std::ops::Range;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{hint, thread};
 
 use super::floats::{Floats, FloatsMut};
-use super::grouping::{Group, group_by_expert, places, waves};
+use super::grouping::{Group, group_by_expert, waves};
 use super::matrix::Matrix;
 use super::packed::Packed;
-use super::product::{Product, parts_of, rows_of_task};
+use super::product::{Product, rows_of_task};
 use super::swiglu::Swiglu;
-use super::threads::{Threads, for_each};
+use super::threads::{ScopedThreads, Threads, for_each};
 use crate::simd::Level;
 
 /// An index for an expert that another device has, or for none: the pair adds nothing here.
 pub const ELSEWHERE: i32 = -(1 << 30);
+
+/// How often a thread looks before it sleeps for what another is about to have done: some 10 to 20 us.
+const SPINS: usize = 400;
 
 /// Rows worked on between two layers: enough that reading an expert is small beside multiplying, and a few MB.
 const ROWS_OF_WAVE: usize = 256;
@@ -41,18 +47,18 @@ pub fn expert_linear(
     assert!(stack.rows() == experts * n && (experts == 0 || stack.columns() == k), "a matrix for each expert");
     let groups = group_by_expert(ids, experts, usize::MAX);
     let x = Packed::new(level, threads, x, stack);
-    let mut sums = vec![0.0; groups.iter().map(|group| group.rows.len()).sum::<usize>() * n];
-    for_each(threads, tasks(&groups, n, stack, 1, &mut sums), &|task: Task<'_>| {
-        let first = task.group.expert * n;
-        let rows = first + task.results.start..first + task.results.end;
-        Product { matrix: stack, rows, x: &x, columns: &task.group.rows, out: task.out }.run(level);
+    let results: Vec<_> = groups.iter().map(|group| Results::new(group, stack, n, 1)).collect();
+    let tasks = tasks(&results);
+    threads.run(tasks.len(), &|number| {
+        let (place, task) = tasks[number];
+        results[place].compute(level, &x, &groups[place].rows, task, |out, _| out);
     });
-    let mut parts = vec![None; ids.len()];
-    for (row, group_row) in zip(groups.iter().flat_map(|group| &group.rows), rows_of(&groups, n, stack, 1, &sums)) {
-        parts[*row] = Some(group_row);
+    let mut rows = vec![None; ids.len()];
+    for (group, results) in zip(&groups, &results) {
+        zip(&group.rows, 0..).for_each(|(row, place)| rows[*row] = Some((results, place)));
     }
-    for_each(threads, zip(out.reborrow().chunks(n), parts), &|(mut out, parts)| match parts {
-        Some(parts) => out.write(parts.parts()),
+    for_each(threads, zip(out.reborrow().chunks(n), rows), &|(mut out, row)| match row {
+        Some((results, place)) => out.write(results.row(place)),
         None => out.fill_nan(),
     });
 }
@@ -109,26 +115,22 @@ pub fn moe(
 
     let groups = group_by_expert(indices, experts.count, ROWS_OF_WAVE);
     let x = Packed::new(level, threads, x, &experts.gate_up);
-    // One task's part of all tokens after the other.
     let mut sums = vec![0.0; tokens * hidden];
-    let most = groups.iter().map(|group| group.rows.len()).max().unwrap_or(1);
-    let of_task = rows_of_task(&experts.down, most, k.min(groups.len()));
     for wave in waves(&groups, ROWS_OF_WAVE) {
-        let inner = first_layer(level, threads, &x, k, wave, experts);
-        for_each(threads, sums.chunks_mut(of_task * tokens).enumerate(), &|(task, sums)| {
-            let (first, count) = (task * of_task, sums.len() / tokens);
-            for (group, place) in zip(wave, places(wave)) {
-                let start = group.expert * hidden + first;
-                let mut products = vec![0.0; count * group.rows.len()];
-                let columns: Vec<usize> = place.collect();
-                let (matrix, rows) = (&experts.down, start..start + count);
-                Product { matrix, rows: rows.clone(), x: &inner, columns: &columns, out: &mut products }.run(level);
-                let biases: Vec<f32> = rows.map(|row| experts.down_bias.get(row)).collect();
-                for (products, &pair) in zip(products.chunks_exact(count), &group.rows) {
-                    let sums = &mut sums[pair / k * count..][..count];
-                    for (sum, (product, bias)) in zip(sums, zip(products, &biases)) {
-                        *sum += (product + bias) * weights[pair];
-                    }
+        let wave: Vec<_> = wave.iter().map(|group| Mixing::new(level, group, experts, k)).collect();
+        mix(level, threads, &x, weights, &wave);
+        let mut rows = vec![Vec::new(); tokens];
+        for mixing in &wave {
+            zip(&mixing.group.rows, 0..).for_each(|(pair, place)| rows[pair / k].push((&mixing.second, place)));
+        }
+        let tokens = zip(sums.chunks_exact_mut(hidden), rows).filter(|(_, rows)| !rows.is_empty());
+        for_each(threads, tokens, &|(sums, rows)| {
+            for (results, place) in rows {
+                let mut sums = &mut *sums;
+                for values in results.row(place) {
+                    let (these, others) = sums.split_at_mut(values.len());
+                    zip(these, values).for_each(|(sum, value)| *sum += value);
+                    sums = others;
                 }
             }
         });
@@ -137,98 +139,205 @@ pub fn moe(
         |index: &i32| *index == ELSEWHERE || usize::try_from(*index).is_ok_and(|index| index < experts.count);
     for_each(threads, out.reborrow().chunks(hidden).into_iter().enumerate(), &|(token, mut out)| {
         if indices[token * k..(token + 1) * k].iter().all(is_valid) {
-            out.write(parts_of(token, &sums, of_task, tokens));
+            out.write([&sums[token * hidden..(token + 1) * hidden]]);
         } else {
             out.fill_nan();
         }
     });
 }
 
-/// What the groups' rows are between the layers: packed rows [rows of all groups, I].
-fn first_layer(
-    level: Level,
-    threads: &dyn Threads,
-    x: &Packed,
-    k: usize,
-    groups: &[Group],
-    experts: &Experts<'_>,
-) -> Packed {
-    let (matrix, width) = (&experts.gate_up, experts.down.columns());
-    let rows = groups.iter().map(|group| group.rows.len()).sum::<usize>();
-    let swiglu = Swiglu { limit: experts.limit, alpha: experts.alpha };
-    let mut inner = vec![0.0; rows * width];
-    for_each(threads, tasks(groups, width, matrix, 2, &mut inner), &|task: Task<'_>| {
-        let Task { group, results, out } = task;
-        let columns: Vec<usize> = group.rows.iter().map(|pair| pair / k).collect();
-        let rows = 2 * (group.expert * width + results.start)..2 * (group.expert * width + results.end);
-        let mut products = vec![0.0; 2 * out.len()];
-        Product { matrix, rows: rows.clone(), x, columns: &columns, out: &mut products }.run(level);
-        let biases: Vec<f32> = rows.map(|row| experts.gate_up_bias.get(row)).collect();
-        for (out, products) in zip(out.chunks_exact_mut(results.len()), products.chunks_exact(biases.len())) {
-            swiglu.run(level, products.as_chunks().0, biases.as_chunks().0, out);
+/// Both layers of one group.
+struct Mixing<'a> {
+    experts: &'a Experts<'a>,
+    group: &'a Group,
+    /// Which row of activations each of the group's rows is.
+    tokens: Vec<usize>,
+    first: Results<'a>,
+    /// Tasks of the first layer that are not done.
+    left: AtomicUsize,
+    /// The rows between the layers, when `left` is 0; nothing when one of its tasks panicked.
+    inner: OnceLock<Option<Packed>>,
+    /// Weighted.
+    second: Results<'a>,
+}
+
+/// Computes both layers of a wave. Tasks of the second wait for the first of their group alone, so that threads have work
+/// until the end.
+fn mix(level: Level, threads: &dyn Threads, x: &Packed, weights: &[f32], wave: &[Mixing<'_>]) {
+    let first = tasks(wave.iter().map(|mixing| &mixing.first));
+    let second = tasks(wave.iter().map(|mixing| &mixing.second));
+    threads.run(first.len() + second.len(), &|number| {
+        if let Some(&(place, task)) = first.get(number) {
+            wave[place].run_first(level, x, task);
+        } else {
+            let (place, task) = second[number - first.len()];
+            wave[place].run_second(level, weights, task);
         }
     });
-    let inner: Vec<_> = rows_of(groups, width, matrix, 2, &inner).collect();
-    Packed::written(level, threads, rows, &experts.down, |row, out| FloatsMut::F32(out).write(inner[row].parts()))
 }
 
-/// A part of the results for one group.
-struct Task<'a> {
-    group: &'a Group,
-    /// Which of the expert's results.
-    results: Range<usize>,
-    /// For each of the group's rows these results.
-    out: &'a mut [f32],
-}
+impl<'a> Mixing<'a> {
+    fn new(level: Level, group: &'a Group, experts: &'a Experts<'a>, k: usize) -> Self {
+        let (hidden, width) = (experts.gate_up.columns(), experts.down.columns());
+        let first = Results::new(group, &experts.gate_up, width, 2);
+        let mixing = Self {
+            experts,
+            group,
+            tokens: group.rows.iter().map(|pair| pair / k).collect(),
+            left: AtomicUsize::new(first.tasks()),
+            first,
+            inner: OnceLock::new(),
+            second: Results::new(group, &experts.down, hidden, 1),
+        };
+        if width == 0 {
+            mixing.pack(level);
+        }
+        mixing
+    }
 
-/// Divides the results of all groups, `width` for each row, each of which takes `rows_of_result` rows of a matrix.
-fn tasks<'a>(
-    groups: &'a [Group],
-    width: usize,
-    matrix: &Matrix<'_>,
-    rows_of_result: usize,
-    mut out: &'a mut [f32],
-) -> Vec<Task<'a>> {
-    let mut tasks = Vec::new();
-    for group in groups {
-        let (results, rest) = out.split_at_mut(width * group.rows.len());
-        out = rest;
-        let of_task = rows_of_task(matrix, group.rows.len(), 1).div_ceil(rows_of_result);
-        for (number, out) in results.chunks_mut(of_task * group.rows.len()).enumerate() {
-            let first = number * of_task;
-            tasks.push(Task { group, results: first..first + out.len() / group.rows.len(), out });
+    /// A task of the first layer; the last of them packs what all have made.
+    fn run_first(&self, level: Level, x: &Packed, task: usize) {
+        let Self { experts, first, .. } = self;
+        let _guard = AbandonInPanic(&self.inner);
+        let swiglu = Swiglu { limit: experts.limit, alpha: experts.alpha };
+        first.compute(level, x, &self.tokens, task, |products, rows| {
+            let biases: Vec<f32> = rows.map(|row| experts.gate_up_bias.get(row)).collect();
+            let mut out = vec![0.0; products.len() / 2];
+            let results = biases.len() / 2;
+            for (out, products) in zip(out.chunks_exact_mut(results), products.chunks_exact(biases.len())) {
+                swiglu.run(level, products.as_chunks().0, biases.as_chunks().0, out);
+            }
+            out
+        });
+        // AcqRel: who comes last sees what all others have written.
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.pack(level);
         }
     }
-    tasks
-}
 
-/// The results for one row, as [`tasks`] have written them.
-#[derive(Clone, Copy)]
-struct ResultRow<'a> {
-    results_of_group: &'a [f32],
-    row: usize,
-    of_task: usize,
-    rows: usize,
-}
+    /// Gives the second layer what the first has made.
+    fn pack(&self, level: Level) {
+        let rows = self.tokens.len();
+        let inner = Packed::written(level, &ScopedThreads(1), rows, &self.experts.down, |row, out| {
+            FloatsMut::F32(out).write(self.first.row(row));
+        });
+        assert!(self.inner.set(Some(inner)).is_ok(), "the first layer ends once");
+    }
 
-impl<'a> ResultRow<'a> {
-    fn parts(self) -> impl Iterator<Item = &'a [f32]> {
-        parts_of(self.row, self.results_of_group, self.of_task, self.rows)
+    fn run_second(&self, level: Level, weights: &[f32], task: usize) {
+        let Some(inner) = wait(&self.inner) else { return };
+        let columns: Vec<usize> = (0..self.tokens.len()).collect();
+        self.second.compute(level, inner, &columns, task, |mut products, rows| {
+            let biases: Vec<f32> = rows.map(|row| self.experts.down_bias.get(row)).collect();
+            for (products, pair) in zip(products.chunks_exact_mut(biases.len()), &self.group.rows) {
+                zip(products, &biases).for_each(|(value, bias)| *value = (*value + bias) * weights[*pair]);
+            }
+            products
+        });
     }
 }
 
-/// The results of all [`tasks`] row by row, one group after the other.
-fn rows_of<'a>(
-    groups: &'a [Group],
+/// Lets nobody wait for what a panic keeps from being made.
+struct AbandonInPanic<'a>(&'a OnceLock<Option<Packed>>);
+
+impl Drop for AbandonInPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            // Another may have panicked before.
+            let _ = self.0.set(None);
+        }
+    }
+}
+
+/// What another thread is about to set.
+fn wait<T>(value: &OnceLock<Option<T>>) -> Option<&T> {
+    for _ in 0..SPINS {
+        if let Some(value) = value.get() {
+            return value.as_ref();
+        }
+        hint::spin_loop();
+    }
+    value.wait().as_ref()
+}
+
+/// What the rows of a group are multiplied into, in the parts that tasks make.
+struct Results<'a> {
+    /// The matrices of all experts.
+    stack: &'a Matrix<'a>,
+    /// The first row of this expert's.
+    first: usize,
+    /// How many results each of the group's rows has.
     width: usize,
-    matrix: &Matrix<'_>,
     rows_of_result: usize,
-    results: &'a [f32],
-) -> impl Iterator<Item = ResultRow<'a>> {
-    zip(groups, places(groups)).flat_map(move |(group, place)| {
+    /// Results of each row that one task makes.
+    of_task: usize,
+    rows: usize,
+    /// For each task [rows, its results].
+    parts: Vec<OnceLock<Vec<f32>>>,
+}
+
+impl<'a> Results<'a> {
+    /// `width` for each row of a group, each from `rows_of_result` rows of a matrix.
+    fn new(group: &Group, stack: &'a Matrix<'a>, width: usize, rows_of_result: usize) -> Self {
         let rows = group.rows.len();
-        let of_task = rows_of_task(matrix, rows, 1).div_ceil(rows_of_result);
-        let results_of_group = &results[place.start * width..place.end * width];
-        (0..rows).map(move |row| ResultRow { results_of_group, row, of_task, rows })
-    })
+        let of_task = rows_of_task(stack, rows).div_ceil(rows_of_result);
+        let parts = (0..width.div_ceil(of_task)).map(|_| OnceLock::new()).collect();
+        Self { stack, first: group.expert * width * rows_of_result, width, rows_of_result, of_task, rows, parts }
+    }
+
+    fn tasks(&self) -> usize {
+        self.parts.len()
+    }
+
+    /// One task: `finish` makes its results of products, which come with the rows of the matrix that made them.
+    fn compute(
+        &self,
+        level: Level,
+        x: &Packed,
+        columns: &[usize],
+        task: usize,
+        finish: impl FnOnce(Vec<f32>, Range<usize>) -> Vec<f32>,
+    ) {
+        let (start, end) = (task * self.of_task, ((task + 1) * self.of_task).min(self.width));
+        let rows = self.first + start * self.rows_of_result..self.first + end * self.rows_of_result;
+        let mut products = vec![0.0; rows.len() * columns.len()];
+        Product { matrix: self.stack, rows: rows.clone(), x, columns, out: &mut products }.run(level);
+        self.parts[task].set(finish(products, rows)).expect("each task comes once");
+    }
+
+    /// The results of one row; all tasks are done.
+    fn row(&self, row: usize) -> impl Iterator<Item = &[f32]> {
+        self.parts.iter().map(move |part| {
+            let part = part.get().expect("tasks are done");
+            let results = part.len() / self.rows;
+            &part[row * results..(row + 1) * results]
+        })
+    }
+}
+
+/// The tasks of all results: which results, and which of their tasks.
+fn tasks<'a>(results: impl IntoIterator<Item = &'a Results<'a>>) -> Vec<(usize, usize)> {
+    results
+        .into_iter()
+        .enumerate()
+        .flat_map(|(place, results)| (0..results.tasks()).map(move |task| (place, task)))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_waits_for_what_a_panic_left_undone() {
+        let inner = OnceLock::new();
+        thread::scope(|scope| {
+            let waiter = scope.spawn(|| wait(&inner).is_none());
+            let unwound = scope.spawn(|| {
+                let _guard = AbandonInPanic(&inner);
+                panic!("before it was made");
+            });
+            assert!(unwound.join().is_err() && waiter.join().expect("it returns"));
+        });
+    }
 }

@@ -1,7 +1,5 @@
 //! Rows of activations grouped by the expert that they go to.
 
-use std::ops::Range;
-
 /// Rows that go to one expert.
 #[derive(Debug)]
 pub(super) struct Group {
@@ -42,15 +40,6 @@ pub(super) fn waves(groups: &[Group], enough: usize) -> impl Iterator<Item = &[G
     })
 }
 
-/// The places of each group's rows when those of all groups stand behind each other.
-pub(super) fn places(groups: &[Group]) -> impl Iterator<Item = Range<usize>> {
-    groups.iter().scan(0, |next, group| {
-        let first = *next;
-        *next += group.rows.len();
-        Some(first..*next)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -60,7 +49,6 @@ mod tests {
         let groups = group_by_expert(&[3, 0, -1, 3, 5, 3, i32::MIN, 0, 3], 4, 3);
         let found: Vec<_> = groups.iter().map(|group| (group.expert, group.rows.as_slice())).collect();
         assert_eq!(found, [(0, &[1, 7][..]), (3, &[0, 3, 5]), (3, &[8])]);
-        assert_eq!(places(&groups).collect::<Vec<_>>(), [0..2, 2..5, 5..6]);
         assert!(group_by_expert(&[], 4, 3).is_empty() && group_by_expert(&[0], 0, 3).is_empty());
     }
 

@@ -30,7 +30,7 @@ pub fn linear(
     }
     let x = Packed::new(level, threads, x, matrix);
     let columns: Vec<usize> = (0..m).collect();
-    let rows_of_task = rows_of_task(matrix, m, 1);
+    let rows_of_task = rows_of_task(matrix, m);
 
     // For each row of x the results of a task's rows of the matrix.
     let compute = |first: usize, sums: &mut [f32]| {

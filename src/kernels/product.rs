@@ -17,9 +17,9 @@ const FEW: usize = 4;
 /// Bytes of a matrix that one task reads when there are few: enough that tasks cost nothing beside it.
 const TASK_BYTES: usize = 1 << 19;
 
-/// Rows of each of `matrices` like `matrix` that one task multiplies by at most so many rows of activations.
-pub(super) fn rows_of_task(matrix: &Matrix<'_>, columns: usize, matrices: usize) -> usize {
-    if columns <= FEW { TASK_BYTES.div_ceil((matrices * matrix.row_bytes()).max(1)) } else { BLOCK_ROWS }
+/// Rows of a matrix that one task multiplies by so many rows of activations.
+pub(super) fn rows_of_task(matrix: &Matrix<'_>, columns: usize) -> usize {
+    if columns <= FEW { TASK_BYTES.div_ceil(matrix.row_bytes().max(1)) } else { BLOCK_ROWS }
 }
 
 /// The parts of a row of results, where one task after the other has written its part of all rows.

@@ -9,7 +9,8 @@ pub trait Threads: Sync {
     /// How many work at once; at least one.
     fn count(&self) -> usize;
 
-    /// Calls `task` with each number below `tasks`, once, on any thread and in any order; returns when all are done.
+    /// Calls `task` with each number below `tasks`, once, on any thread; returns when all are done. Each task begins after
+    /// those with lower numbers have begun, so it may wait for what these do.
     ///
     /// # Panics
     /// When a task does: then those not begun yet may never be.

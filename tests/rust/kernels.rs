@@ -457,6 +457,18 @@ fn nothing_is_computed_of_nothing() {
     let mut out = [7.0; 3];
     linear(level, &THREADS, Floats::F32(&[]), &Matrix::bf16(3, 0, &[]), None, FloatsMut::F32(&mut out));
     assert_eq!(out, [0.0; 3]);
+    // Nothing stands between the layers: the second adds its bias alone.
+    let experts = Experts {
+        count: 2,
+        gate_up: Matrix::bf16(0, 3, &[]),
+        gate_up_bias: Floats::F32(&[]),
+        down: Matrix::bf16(6, 0, &[]),
+        down_bias: Floats::F32(&[0.0, 0.0, 0.0, 1.0, 2.0, 3.0]),
+        limit: 7.0,
+        alpha: 1.702,
+    };
+    moe(level, &THREADS, Floats::F32(&[1.0; 3]), &[1], &[0.5], &experts, FloatsMut::F32(&mut out));
+    assert_eq!(out, [0.5, 1.0, 1.5]);
 }
 
 #[test]
