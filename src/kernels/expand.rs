@@ -10,6 +10,11 @@ pub(super) trait Products<V: Vectors, X, const N: usize> {
     /// How far ahead of the chunk in work lines are asked for, when a matrix is read once. What measured fastest, by a
     /// little (AVX-512, 2026-11).
     const PREFETCH_BYTES: usize;
+    /// Whether a chunk's products are summed before they are added to `sums`: then one sum to a row is enough where
+    /// registers are few.
+    const SUMS_CHUNKS: bool;
+    /// Whether chunks have scales.
+    const HAS_SCALES: bool;
 
     /// The products of a row's chunk with each of M rows, scaled, added to sums.
     fn add_products<const M: usize>(
@@ -57,6 +62,8 @@ pub(super) fn rare_factors<V: Vectors>(vectors: V, scales: u32) -> V::Floats {
 impl<V: Vectors, const NORMAL: bool> Products<V, F32Line, 8> for Mxfp4<NORMAL> {
     type Normal = Mxfp4<true>;
     const PREFETCH_BYTES: usize = 2048;
+    const SUMS_CHUNKS: bool = true;
+    const HAS_SCALES: bool = true;
 
     #[inline(always)]
     fn add_products<const M: usize>(
@@ -66,15 +73,8 @@ impl<V: Vectors, const NORMAL: bool> Products<V, F32Line, 8> for Mxfp4<NORMAL> {
         x: [&[F32Line; 8]; M],
         sums: &mut [V::Floats; M],
     ) {
-        let mut products = [vectors.zero(); M];
-        for (j, number) in (0..4).zip(0u32..) {
-            let [low, high] = vectors.e2m1_pair(codes, number);
-            for m in 0..M {
-                products[m] = vectors.mul_add(low, vectors.load_f32(&x[m][j].0), products[m]);
-                products[m] = vectors.mul_add(high, vectors.load_f32(&x[m][j + 4].0), products[m]);
-            }
-        }
-        Self::add_scaled(vectors, products, scales, sums);
+        let x: [&[[f32; 16]; 8]; M] = x.map(|x| zerocopy::transmute_ref!(x));
+        Self::add_scaled(vectors, vectors.e2m1_dot(codes, x), scales, sums);
     }
 }
 
@@ -98,6 +98,8 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, F32Line, 8> for Mxfp4<NORMAL> {
 impl<V: Vectors, const NORMAL: bool> Products<V, Bf16Line, 4> for Mxfp4<NORMAL> {
     type Normal = Mxfp4<true>;
     const PREFETCH_BYTES: usize = 2048;
+    const SUMS_CHUNKS: bool = true;
+    const HAS_SCALES: bool = true;
 
     #[inline(always)]
     fn add_products<const M: usize>(
@@ -161,6 +163,8 @@ pub(super) struct Bf16;
 impl<V: Vectors> Products<V, F32Line, 2> for Bf16 {
     type Normal = Self;
     const PREFETCH_BYTES: usize = 128;
+    const SUMS_CHUNKS: bool = false;
+    const HAS_SCALES: bool = false;
 
     #[inline(always)]
     fn add_products<const M: usize>(
@@ -191,6 +195,8 @@ impl<V: Vectors> Expand<V, F32Line, 2> for Bf16 {
 impl<V: Vectors> Products<V, Bf16Line, 1> for Bf16 {
     type Normal = Self;
     const PREFETCH_BYTES: usize = 128;
+    const SUMS_CHUNKS: bool = false;
+    const HAS_SCALES: bool = false;
 
     #[inline(always)]
     fn add_products<const M: usize>(

@@ -21,8 +21,12 @@ pub(super) fn multiply<V: Vectors, X, F: Products<V, X, N>, const N: usize>(
 ) {
     let x = |number: usize| x.get(columns[number]);
     // Several sums for few columns, so that none waits for the one before.
+    let has_one_sum = F::SUMS_CHUNKS && !V::HAS_MANY_REGISTERS;
     match columns.len() {
         0 => {}
+        1 if has_one_sum => multiply_columns::<V, X, F, N, 1, 1>(vectors, [x(0)], matrix, rows, out),
+        2 if has_one_sum => multiply_columns::<V, X, F, N, 2, 1>(vectors, [x(0), x(1)], matrix, rows, out),
+        3 if has_one_sum => multiply_columns::<V, X, F, N, 3, 1>(vectors, [x(0), x(1), x(2)], matrix, rows, out),
         1 => multiply_columns::<V, X, F, N, 1, 4>(vectors, [x(0)], matrix, rows, out),
         2 => multiply_columns::<V, X, F, N, 2, 2>(vectors, [x(0), x(1)], matrix, rows, out),
         3 => multiply_columns::<V, X, F, N, 3, 2>(vectors, [x(0), x(1), x(2)], matrix, rows, out),
@@ -64,19 +68,19 @@ fn dot<V: Vectors, X, F: Products<V, X, N>, const N: usize, const M: usize, cons
 ) -> [f32; M] {
     let mut sums = [[vectors.zero(); M]; S];
     let (whole, rest) = row.bytes.as_chunks();
-    let scales = row.whole_scales();
     let x: [&[[X; N]]; M] = x.map(|x| x.as_chunks().0);
     let (groups, others) = whole.as_chunks::<S>();
     // Told once that all are as long, the compiler checks no index in the loop.
-    let scale_groups = scales.map(|scales| &scales.as_chunks::<S>().0[..groups.len()]);
-    let x_groups = x.map(|x| &x.as_chunks::<S>().0[..groups.len()]);
-    for (group, chunks) in groups.iter().enumerate() {
-        let scales = scale_groups.map(|groups| &groups[group]);
+    let count = groups.len();
+    let scale_groups = if F::HAS_SCALES { &row.whole_scales().as_chunks::<S>().0[..count] } else { &[] };
+    let x_groups = x.map(|x| &x.as_chunks::<S>().0[..count]);
+    for group in 0..count {
         for number in 0..S {
-            vectors.prefetch(&chunks[number], F::PREFETCH_BYTES);
-            let words = vectors.load(&chunks[number]);
-            let scales = scales.map_or(0, |scales| u32::from_le_bytes(scales[number]));
-            F::add_products(vectors, words, scales, x_groups.map(|x| &x[group][number]), &mut sums[number]);
+            let chunk = &groups[group][number];
+            vectors.prefetch(chunk, F::PREFETCH_BYTES);
+            let scales = if F::HAS_SCALES { u32::from_le_bytes(scale_groups[group][number]) } else { 0 };
+            let x = x_groups.map(|x| &x[group][number]);
+            F::add_products(vectors, vectors.load(chunk), scales, x, &mut sums[number]);
         }
     }
     for (chunk, bytes) in (S * groups.len()..).zip(others) {

@@ -152,10 +152,10 @@ impl<'a> Row<'a> {
         })
     }
 
-    /// Those of each whole chunk; none where there are no scales.
+    /// Those of each whole chunk.
     #[inline(always)]
-    pub(super) fn whole_scales(self) -> Option<&'a [[u8; CHUNK_BYTES / BLOCK_BYTES]]> {
-        (!self.scales.is_empty()).then_some(self.scales.as_chunks().0)
+    pub(super) fn whole_scales(self) -> &'a [[u8; CHUNK_BYTES / BLOCK_BYTES]] {
+        self.scales.as_chunks().0
     }
 
     /// Whether all scales are normal numbers of float32: bytes 1 .. 254.

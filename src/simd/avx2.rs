@@ -8,12 +8,13 @@ use std::arch::x86_64::{
     _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_castps256_ps128,
     _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmpeq_epi32, _mm256_cmpgt_epi32, _mm256_cvtepi32_ps,
     _mm256_cvtepu16_epi32, _mm256_cvtps_epi32, _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps,
-    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_max_epi32, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
-    _mm256_or_si256, _mm256_permute2x128_si256, _mm256_permutevar8x32_epi32, _mm256_set1_epi8, _mm256_set1_epi16,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_slli_epi32,
-    _mm256_srai_epi32, _mm256_srl_epi32, _mm256_srli_epi16, _mm256_sub_epi32, _mm256_unpackhi_epi32,
-    _mm256_unpackhi_epi64, _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
+    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_maskload_epi32, _mm256_max_epi32, _mm256_max_ps, _mm256_min_ps,
+    _mm256_mul_ps, _mm256_or_si256, _mm256_permute2x128_si256, _mm256_permutevar8x32_epi32, _mm256_set1_epi8,
+    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi16,
+    _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi32, _mm256_srli_epi16, _mm256_sub_epi32, _mm256_unpackhi_epi8,
+    _mm256_unpackhi_epi32, _mm256_unpackhi_epi64, _mm256_unpacklo_epi8, _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
 };
+use std::hint::black_box;
 
 use zerocopy::transmute;
 
@@ -23,13 +24,17 @@ use crate::mxfp4::E2M1;
 
 /// AVX2 and FMA.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx2(());
+pub(crate) struct Avx2 {
+    /// Ones in the upper half of each 32-bit lane. A compiler that knows a mask makes blends of `vpand`, which fewer units of
+    /// a processor can do, those that shuffle.
+    high_halves: __m256i,
+}
 
 impl Avx2 {
     /// # Safety
     /// The processor must have these instructions.
     pub(super) unsafe fn new() -> Self {
-        Self(())
+        Self { high_halves: transmute!(black_box([-1 << 16; 8])) }
     }
 }
 
@@ -51,8 +56,12 @@ const SPREAD: [[i8; 32]; 2] = {
     indices
 };
 
+/// For `vpshufb`: of every four bytes the first two to the lower half, the last two to the upper one, so that unpacking
+/// either gives a word to each lane.
+const PAIRS: [i8; 16] = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15];
+
 // SAFETY of all blocks below: a value of the type exists only where the processor has the instructions. None of them
-// touches memory, but `_mm_prefetch`, which reads nothing and takes any address.
+// touches memory, but `_mm_prefetch`, which reads nothing and takes any address, and the one in `load_words`.
 impl Vectors for Avx2 {
     type Floats = [__m256; 2];
     type Words = [__m256i; 2];
@@ -81,6 +90,17 @@ impl Vectors for Avx2 {
     #[inline(always)]
     fn load(self, bytes: &[u8; 64]) -> [__m256i; 2] {
         transmute!(*bytes)
+    }
+
+    #[inline(always)]
+    fn load_part(self, bytes: &[u8]) -> [__m256i; 2] {
+        let (words, rest) = bytes.as_chunks::<4>();
+        if !rest.is_empty() {
+            let mut whole = [0; 64];
+            whole[..bytes.len()].copy_from_slice(bytes);
+            return self.load(&whole);
+        }
+        [load_words(words), load_words(words.get(8..).unwrap_or_default())]
     }
 
     #[inline(always)]
@@ -156,6 +176,18 @@ impl Vectors for Avx2 {
     fn e2m1_pair(self, codes: [__m256i; 2], number: u32) -> [[__m256; 2]; 2] {
         let values = [e2m1_bf16(codes[0], number), e2m1_bf16(codes[1], number)];
         [self.bf16_even(values), self.bf16_odd(values)]
+    }
+
+    #[inline(always)]
+    fn e2m1_dot<const M: usize>(self, codes: [__m256i; 2], values: [&[[f32; 16]; 8]; M]) -> [[__m256; 2]; M] {
+        let mut sums = [self.zero(); M];
+        for half in 0..2 {
+            let dots = e2m1_dot(self, codes[half], half, values);
+            for m in 0..M {
+                sums[m][half] = dots[m];
+            }
+        }
+        sums
     }
 
     /// Not used: bfloat16 is converted to f32.
@@ -274,10 +306,9 @@ impl Vectors for Avx2 {
     #[inline(always)]
     fn bf16_odd(self, words: [__m256i; 2]) -> [__m256; 2] {
         unsafe {
-            let mask = _mm256_set1_epi32(-1 << 16);
             [
-                _mm256_castsi256_ps(_mm256_and_si256(words[0], mask)),
-                _mm256_castsi256_ps(_mm256_and_si256(words[1], mask)),
+                _mm256_castsi256_ps(_mm256_and_si256(words[0], self.high_halves)),
+                _mm256_castsi256_ps(_mm256_and_si256(words[1], self.high_halves)),
             ]
         }
     }
@@ -290,6 +321,18 @@ impl Vectors for Avx2 {
     #[inline(always)]
     fn prefetch(self, bytes: &[u8], ahead: usize) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead).cast()) }
+    }
+}
+
+/// The first eight words, and zeros where there are fewer.
+#[inline(always)]
+fn load_words(words: &[[u8; 4]]) -> __m256i {
+    const LANES: [i32; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
+    let count = i32::try_from(words.len()).unwrap_or(i32::MAX);
+    // SAFETY: called by methods of the type alone, as above. Only words of the slice are read.
+    unsafe {
+        let is_there = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), transmute!(LANES));
+        _mm256_maskload_epi32(words.as_ptr().cast(), is_there)
     }
 }
 
@@ -365,6 +408,40 @@ fn e2m1_bf16(codes: __m256i, number: u32) -> __m256i {
         } else {
             _mm256_blendv_epi8(_mm256_srli_epi16::<8>(low), high, is_high)
         }
+    }
+}
+
+/// The products of all codes of eight lanes with the eighth values from 8 `half` on of each vector.
+#[inline(always)]
+fn e2m1_dot<const M: usize>(vectors: Avx2, codes: __m256i, half: usize, values: [&[[f32; 16]; 8]; M]) -> [__m256; M] {
+    // SAFETY: as above.
+    unsafe {
+        let codes = _mm256_shuffle_epi8(codes, transmute!([PAIRS; 2]));
+        let mask = _mm256_set1_epi8(0xf);
+        let nibbles = [_mm256_and_si256(codes, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(codes), mask)];
+        // A second sum where there is one column alone, so that fewer products wait for the one before.
+        let other = usize::from(M == 1);
+        let mut sums = [[_mm256_setzero_ps(); M]; 2];
+        for (nibble, codes) in nibbles.into_iter().enumerate() {
+            let low = _mm256_shuffle_epi8(transmute!([E2M1_BYTES[0]; 2]), codes);
+            let high = _mm256_shuffle_epi8(transmute!([E2M1_BYTES[1]; 2]), codes);
+            let pairs = [_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)];
+            for (number, words) in pairs.into_iter().enumerate() {
+                let even = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words));
+                let odd = _mm256_castsi256_ps(_mm256_and_si256(words, vectors.high_halves));
+                let first = 4 * number + nibble;
+                for m in 0..M {
+                    let value = transmute!(values[m][first].as_chunks::<8>().0[half]);
+                    sums[0][m] = _mm256_fmadd_ps(even, value, sums[0][m]);
+                    let value = transmute!(values[m][first + 2].as_chunks::<8>().0[half]);
+                    sums[other][m] = _mm256_fmadd_ps(odd, value, sums[other][m]);
+                }
+            }
+        }
+        if M == 1 {
+            sums[0][0] = _mm256_add_ps(sums[0][0], sums[1][0]);
+        }
+        sums[0]
     }
 }
 

@@ -71,6 +71,20 @@ pub(crate) trait Vectors: Copy {
     fn e2m1_pair(self, codes: Self::Words, number: u32) -> [Self::Floats; 2] {
         [self.e2m1(codes, 4 * number), self.e2m1(codes, 4 * number + 16)]
     }
+    /// For each of M rows the products of all codes of sixteen 32-bit lanes with values: those of the codes in bits 4 j ..
+    /// with vector j, summed for each lane.
+    #[inline(always)]
+    fn e2m1_dot<const M: usize>(self, codes: Self::Words, values: [&[[f32; 16]; 8]; M]) -> [Self::Floats; M] {
+        let mut sums = [self.zero(); M];
+        for (j, number) in (0..4).zip(0u32..) {
+            let [low, high] = self.e2m1_pair(codes, number);
+            for m in 0..M {
+                sums[m] = self.mul_add(low, self.load_f32(&values[m][j]), sums[m]);
+                sums[m] = self.mul_add(high, self.load_f32(&values[m][j + 4]), sums[m]);
+            }
+        }
+        sums
+    }
     /// Values of the E2M1 codes in bits `shift` .. `shift` + 4 of each 16-bit lane, as bfloat16.
     fn e2m1_bf16(self, codes: Self::Words, shift: u32) -> Self::Words;
     /// The factors of the scale bytes in bits `shift` .. `shift` + 8 of each lane: 2^(byte − 127), and NaN for 255.
