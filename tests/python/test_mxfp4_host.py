@@ -40,9 +40,9 @@ def cast(values: NDArray[np.float64], dtype: Any) -> NDArray[Any]:
 
 def expected_scales(x: NDArray[Any], rule: str) -> Bytes:
     """The scale byte of each block of 32 on the last axis, in float64: frexp and comparisons."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # NumPy complains of a NaN in frexp on some processors
         amax = np.abs(x.astype(np.float64)).max(axis=-1)
-    fraction, exponent = np.frexp(amax)  # fraction in [0.5, 1)
+        fraction, exponent = np.frexp(amax)  # fraction in [0.5, 1)
     byte = exponent.astype(np.int64) - 1 - 2 + 127
     byte += {"floor": False, "ceil": fraction > 0.75, "nearest": fraction >= 0.875}[rule]
     byte = np.where(amax == 0, 0, np.clip(byte, 0, 252))
