@@ -20,10 +20,7 @@ use std::thread::{self, Thread};
 
 use super::abi;
 use super::float_state::DefaultFloatState;
-use crate::kernels::Threads;
-
-/// How often the caller looks before it sleeps: some 10 to 20 us. Its helpers are about to end, and waking takes 5 us.
-const SPINS: usize = 400;
+use crate::kernels::{SPINS, Threads};
 
 /// The threads of XLA's CPU client, as one call may use them.
 #[derive(Debug, Clone, Copy)]

@@ -10,10 +10,8 @@ pub(super) trait Products<V: Vectors, X, const N: usize> {
     /// How far ahead of the chunk in work lines are asked for, when a matrix is read once. What measured fastest, by a
     /// little (AVX-512, 2026-11).
     const PREFETCH_BYTES: usize;
-    /// Whether a chunk's products are summed before they are added to `sums`: then one sum to a row is enough where
-    /// registers are few.
-    const SUMS_CHUNKS: bool;
-    /// Whether chunks have scales.
+    /// Whether chunks have scales. Their products are summed before they are scaled and added to `sums`, so that one sum to
+    /// a row is enough where registers are few.
     const HAS_SCALES: bool;
 
     /// The products of a row's chunk with each of M rows, scaled, added to sums.
@@ -62,7 +60,6 @@ pub(super) fn rare_factors<V: Vectors>(vectors: V, scales: u32) -> V::Floats {
 impl<V: Vectors, const NORMAL: bool> Products<V, F32Line, 8> for Mxfp4<NORMAL> {
     type Normal = Mxfp4<true>;
     const PREFETCH_BYTES: usize = 2048;
-    const SUMS_CHUNKS: bool = true;
     const HAS_SCALES: bool = true;
 
     #[inline(always)]
@@ -98,7 +95,6 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, F32Line, 8> for Mxfp4<NORMAL> {
 impl<V: Vectors, const NORMAL: bool> Products<V, Bf16Line, 4> for Mxfp4<NORMAL> {
     type Normal = Mxfp4<true>;
     const PREFETCH_BYTES: usize = 2048;
-    const SUMS_CHUNKS: bool = true;
     const HAS_SCALES: bool = true;
 
     #[inline(always)]
@@ -163,7 +159,6 @@ pub(super) struct Bf16;
 impl<V: Vectors> Products<V, F32Line, 2> for Bf16 {
     type Normal = Self;
     const PREFETCH_BYTES: usize = 128;
-    const SUMS_CHUNKS: bool = false;
     const HAS_SCALES: bool = false;
 
     #[inline(always)]
@@ -195,7 +190,6 @@ impl<V: Vectors> Expand<V, F32Line, 2> for Bf16 {
 impl<V: Vectors> Products<V, Bf16Line, 1> for Bf16 {
     type Normal = Self;
     const PREFETCH_BYTES: usize = 128;
-    const SUMS_CHUNKS: bool = false;
     const HAS_SCALES: bool = false;
 
     #[inline(always)]

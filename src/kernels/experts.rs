@@ -12,14 +12,11 @@ use super::matrix::Matrix;
 use super::packed::Packed;
 use super::product::{Product, rows_of_task};
 use super::swiglu::Swiglu;
-use super::threads::{ScopedThreads, Threads, for_each};
+use super::threads::{SPINS, ScopedThreads, Threads, for_each};
 use crate::simd::Level;
 
 /// An index for an expert that another device has, or for none: the pair adds nothing here.
 pub const ELSEWHERE: i32 = -(1 << 30);
-
-/// How often a thread looks before it sleeps for what another is about to have done: some 10 to 20 us.
-const SPINS: usize = 400;
 
 /// Rows worked on between two layers: enough that reading an expert is small beside multiplying, and a few MB.
 const ROWS_OF_WAVE: usize = 256;
@@ -117,11 +114,11 @@ pub fn moe(
     let x = Packed::new(level, threads, x, &experts.gate_up);
     let mut sums = vec![0.0; tokens * hidden];
     for wave in waves(&groups, ROWS_OF_WAVE) {
-        let wave: Vec<_> = wave.iter().map(|group| Mixing::new(level, group, experts, k)).collect();
-        mix(level, threads, &x, weights, &wave);
+        let wave: Vec<_> = wave.iter().map(|group| GroupLayers::new(level, group, experts, k)).collect();
+        run_layers(level, threads, &x, weights, &wave);
         let mut rows = vec![Vec::new(); tokens];
-        for mixing in &wave {
-            zip(&mixing.group.rows, 0..).for_each(|(pair, place)| rows[pair / k].push((&mixing.second, place)));
+        for layers in &wave {
+            zip(&layers.group.rows, 0..).for_each(|(pair, place)| rows[pair / k].push((&layers.second, place)));
         }
         let tokens = zip(sums.chunks_exact_mut(hidden), rows).filter(|(_, rows)| !rows.is_empty());
         for_each(threads, tokens, &|(sums, rows)| {
@@ -147,7 +144,7 @@ pub fn moe(
 }
 
 /// Both layers of one group.
-struct Mixing<'a> {
+struct GroupLayers<'a> {
     experts: &'a Experts<'a>,
     group: &'a Group,
     /// Which row of activations each of the group's rows is.
@@ -163,9 +160,9 @@ struct Mixing<'a> {
 
 /// Computes both layers of a wave. Tasks of the second wait for the first of their group alone, so that threads have work
 /// until the end.
-fn mix(level: Level, threads: &dyn Threads, x: &Packed, weights: &[f32], wave: &[Mixing<'_>]) {
-    let first = tasks(wave.iter().map(|mixing| &mixing.first));
-    let second = tasks(wave.iter().map(|mixing| &mixing.second));
+fn run_layers(level: Level, threads: &dyn Threads, x: &Packed, weights: &[f32], wave: &[GroupLayers<'_>]) {
+    let first = tasks(wave.iter().map(|layers| &layers.first));
+    let second = tasks(wave.iter().map(|layers| &layers.second));
     threads.run(first.len() + second.len(), &|number| {
         if let Some(&(place, task)) = first.get(number) {
             wave[place].run_first(level, x, task);
@@ -176,11 +173,11 @@ fn mix(level: Level, threads: &dyn Threads, x: &Packed, weights: &[f32], wave: &
     });
 }
 
-impl<'a> Mixing<'a> {
+impl<'a> GroupLayers<'a> {
     fn new(level: Level, group: &'a Group, experts: &'a Experts<'a>, k: usize) -> Self {
         let (hidden, width) = (experts.gate_up.columns(), experts.down.columns());
         let first = Results::new(group, &experts.gate_up, width, 2);
-        let mixing = Self {
+        let layers = Self {
             experts,
             group,
             tokens: group.rows.iter().map(|pair| pair / k).collect(),
@@ -190,9 +187,9 @@ impl<'a> Mixing<'a> {
             second: Results::new(group, &experts.down, hidden, 1),
         };
         if width == 0 {
-            mixing.pack(level);
+            layers.pack(level);
         }
-        mixing
+        layers
     }
 
     /// A task of the first layer; the last of them packs what all have made.

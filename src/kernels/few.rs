@@ -21,7 +21,7 @@ pub(super) fn multiply<V: Vectors, X, F: Products<V, X, N>, const N: usize>(
 ) {
     let x = |number: usize| x.get(columns[number]);
     // Several sums for few columns, so that none waits for the one before.
-    let has_one_sum = F::SUMS_CHUNKS && !V::HAS_MANY_REGISTERS;
+    let has_one_sum = F::HAS_SCALES && !V::HAS_MANY_REGISTERS;
     match columns.len() {
         0 => {}
         1 if has_one_sum => multiply_columns::<V, X, F, N, 1, 1>(vectors, [x(0)], matrix, rows, out),

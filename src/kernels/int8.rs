@@ -122,7 +122,6 @@ pub(super) struct Int8<const NORMAL: bool>;
 impl<V: Vectors, const NORMAL: bool> Products<V, Int8Chunk, 1> for Int8<NORMAL> {
     type Normal = Int8<true>;
     const PREFETCH_BYTES: usize = 2048;
-    const SUMS_CHUNKS: bool = true;
     const HAS_SCALES: bool = true;
 
     #[inline(always)]

@@ -24,4 +24,5 @@ pub use floats::{Floats, FloatsMut};
 pub use linear::linear;
 pub use matrix::{Format, Matrix};
 pub use slots::write_slots;
+pub(crate) use threads::SPINS;
 pub use threads::{ScopedThreads, Threads, for_each};

@@ -4,6 +4,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+/// How often a thread looks before it sleeps for what others are about to have done: some 10 to 20 us, where waking takes 5.
+pub(crate) const SPINS: usize = 400;
+
 /// Threads that share the work of one call.
 pub trait Threads: Sync {
     /// How many work at once; at least one.
