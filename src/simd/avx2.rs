@@ -6,13 +6,13 @@
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _MM_HINT_T0, _mm_add_ps, _mm_cvtsi32_si128, _mm_max_ps, _mm_prefetch, _mm256_add_epi16,
     _mm256_add_epi32, _mm256_add_ps, _mm256_and_si256, _mm256_blendv_epi8, _mm256_blendv_ps, _mm256_castps256_ps128,
-    _mm256_castsi256_ps, _mm256_castsi256_si128, _mm256_cmpeq_epi32, _mm256_cmpgt_epi32, _mm256_cvtepi32_ps,
-    _mm256_cvtepu16_epi32, _mm256_cvtps_epi32, _mm256_extractf128_ps, _mm256_extracti128_si256, _mm256_fmadd_ps,
-    _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_maskload_epi32, _mm256_max_epi32, _mm256_max_ps, _mm256_min_ps,
-    _mm256_mul_ps, _mm256_or_si256, _mm256_permute2x128_si256, _mm256_permutevar8x32_epi32, _mm256_set1_epi8,
-    _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi16,
-    _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi32, _mm256_srli_epi16, _mm256_sub_epi32, _mm256_unpackhi_epi8,
-    _mm256_unpackhi_epi32, _mm256_unpackhi_epi64, _mm256_unpacklo_epi8, _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
+    _mm256_castsi256_ps, _mm256_cmpeq_epi32, _mm256_cmpgt_epi32, _mm256_cvtepi32_ps, _mm256_cvtps_epi32,
+    _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_maskload_epi32,
+    _mm256_max_epi32, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_or_si256, _mm256_permute2x128_si256,
+    _mm256_permutevar8x32_epi32, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
+    _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi32,
+    _mm256_srli_epi16, _mm256_sub_epi32, _mm256_unpackhi_epi8, _mm256_unpackhi_epi32, _mm256_unpackhi_epi64,
+    _mm256_unpacklo_epi8, _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
 };
 use std::hint::black_box;
 
@@ -314,11 +314,6 @@ impl Vectors for Avx2 {
     }
 
     #[inline(always)]
-    fn bf16_halves(self, words: [__m256i; 2]) -> [[__m256; 2]; 2] {
-        [bf16_halves(words[0]), bf16_halves(words[1])]
-    }
-
-    #[inline(always)]
     fn prefetch(self, bytes: &[u8], ahead: usize) {
         unsafe { _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(ahead).cast()) }
     }
@@ -362,16 +357,6 @@ fn within(values: __m256, positions: __m256i, first: i32, last: i32) -> __m256 {
         let is_behind = _mm256_cmpgt_epi32(positions, _mm256_set1_epi32(last));
         let is_out = _mm256_castsi256_ps(_mm256_or_si256(is_before, is_behind));
         _mm256_blendv_ps(values, _mm256_set1_ps(f32::NEG_INFINITY), is_out)
-    }
-}
-
-#[inline(always)]
-fn bf16_halves(words: __m256i) -> [__m256; 2] {
-    // SAFETY: as above.
-    unsafe {
-        let low = _mm256_cvtepu16_epi32(_mm256_castsi256_si128(words));
-        let high = _mm256_cvtepu16_epi32(_mm256_extracti128_si256::<1>(words));
-        [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))]
     }
 }
 

@@ -5,15 +5,15 @@
 
 use std::arch::x86_64::{
     __m512, __m512bh, __m512i, _MM_HINT_T0, _mm_cvtsi32_si128, _mm_prefetch, _mm512_add_epi16, _mm512_add_epi32,
-    _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_castsi512_si256, _mm512_cmpeq_epi32_mask,
-    _mm512_cmpge_epi32_mask, _mm512_cvtepi32_ps, _mm512_cvtepu16_epi32, _mm512_dpbf16_ps, _mm512_dpbusd_epi32,
-    _mm512_extracti64x4_epi64, _mm512_fmadd_ps, _mm512_madd_epi16, _mm512_maddubs_epi16, _mm512_mask_add_epi16,
-    _mm512_mask_cmple_epi32_mask, _mm512_mask_mov_epi32, _mm512_mask_mov_ps, _mm512_maskz_loadu_epi8, _mm512_max_epi32,
-    _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_or_si512, _mm512_permutexvar_epi16, _mm512_permutexvar_ps,
-    _mm512_reduce_add_ps, _mm512_reduce_max_ps, _mm512_scalef_ps, _mm512_set1_epi8, _mm512_set1_epi16,
-    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps, _mm512_shuffle_epi8, _mm512_shuffle_i32x4, _mm512_slli_epi16,
-    _mm512_slli_epi32, _mm512_srl_epi16, _mm512_srl_epi32, _mm512_srli_epi16, _mm512_sub_epi16, _mm512_test_epi16_mask,
-    _mm512_unpackhi_epi32, _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
+    _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_cmpeq_epi32_mask, _mm512_cmpge_epi32_mask,
+    _mm512_cvtepi32_ps, _mm512_dpbf16_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_madd_epi16,
+    _mm512_maddubs_epi16, _mm512_mask_add_epi16, _mm512_mask_cmple_epi32_mask, _mm512_mask_mov_epi32,
+    _mm512_mask_mov_ps, _mm512_maskz_loadu_epi8, _mm512_max_epi32, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps,
+    _mm512_or_si512, _mm512_permutexvar_epi16, _mm512_permutexvar_ps, _mm512_reduce_add_ps, _mm512_reduce_max_ps,
+    _mm512_scalef_ps, _mm512_set1_epi8, _mm512_set1_epi16, _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_shuffle_epi8, _mm512_shuffle_i32x4, _mm512_slli_epi16, _mm512_slli_epi32, _mm512_srl_epi16,
+    _mm512_srl_epi32, _mm512_srli_epi16, _mm512_sub_epi16, _mm512_test_epi16_mask, _mm512_unpackhi_epi32,
+    _mm512_unpackhi_epi64, _mm512_unpacklo_epi32, _mm512_unpacklo_epi64,
 };
 
 use zerocopy::transmute;
@@ -294,15 +294,6 @@ impl<const DOTS: bool> Vectors for Avx512<DOTS> {
         }
         let sum = self.mul_add(self.bf16_odd(a), self.bf16_odd(b), sum);
         self.mul_add(self.bf16_even(a), self.bf16_even(b), sum)
-    }
-
-    #[inline(always)]
-    fn bf16_halves(self, words: __m512i) -> [__m512; 2] {
-        unsafe {
-            let low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words));
-            let high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64::<1>(words));
-            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(low)), _mm512_castsi512_ps(_mm512_slli_epi32::<16>(high))]
-        }
     }
 
     #[inline(always)]

@@ -6,13 +6,13 @@
 #![expect(clippy::undocumented_unsafe_blocks, reason = "one condition for all, stated above the implementation")]
 
 use std::arch::aarch64::{
-    float32x4_t, int8x16_t, uint8x16_t, uint16x8_t, uint32x4_t, vaddq_f32, vaddq_s32, vaddvq_f32, vandq_u8, vandq_u32,
-    vbslq_f32, vceqq_u32, vcgeq_s32, vcgtq_f32, vcleq_s32, vcltq_f32, vcvtq_f32_s32, vcvtq_s32_f32, vdupq_n_f32,
-    vdupq_n_s32, vdupq_n_u8, vdupq_n_u32, vfmaq_f32, vget_low_s8, vget_low_u16, vmaxnmq_f32, vmaxnmvq_f32, vmaxq_u32,
-    vmlal_high_s8, vmlal_s8, vmull_high_s8, vmull_s8, vmulq_f32, vorrq_u32, vpadalq_s16, vpaddq_s16, vqtbl1q_u8,
-    vreinterpretq_f32_s32, vreinterpretq_f32_u32, vreinterpretq_s32_u32, vreinterpretq_u8_u32, vreinterpretq_u32_u8,
-    vshll_high_n_u16, vshll_n_u16, vshlq_n_s32, vshlq_n_u32, vshlq_u32, vshrq_n_s32, vshrq_n_u8, vsubq_s32, vtrn1q_u8,
-    vtrn1q_u32, vtrn1q_u64, vtrn2q_u8, vtrn2q_u32, vtrn2q_u64,
+    float32x4_t, int8x16_t, uint8x16_t, uint32x4_t, vaddq_f32, vaddq_s32, vaddvq_f32, vandq_u8, vandq_u32, vbslq_f32,
+    vceqq_u32, vcgeq_s32, vcgtq_f32, vcleq_s32, vcltq_f32, vcvtq_f32_s32, vcvtq_s32_f32, vdupq_n_f32, vdupq_n_s32,
+    vdupq_n_u8, vdupq_n_u32, vfmaq_f32, vget_low_s8, vmaxnmq_f32, vmaxnmvq_f32, vmaxq_u32, vmlal_high_s8, vmlal_s8,
+    vmull_high_s8, vmull_s8, vmulq_f32, vorrq_u32, vpadalq_s16, vpaddq_s16, vqtbl1q_u8, vreinterpretq_f32_s32,
+    vreinterpretq_f32_u32, vreinterpretq_s32_u32, vreinterpretq_u8_u32, vreinterpretq_u32_u8, vshlq_n_s32, vshlq_n_u32,
+    vshlq_u32, vshrq_n_s32, vshrq_n_u8, vsubq_s32, vtrn1q_u8, vtrn1q_u32, vtrn1q_u64, vtrn2q_u8, vtrn2q_u32,
+    vtrn2q_u64,
 };
 use std::array::from_fn;
 
@@ -236,23 +236,6 @@ impl Vectors for Neon {
     #[inline(always)]
     fn bf16_odd(self, words: [uint32x4_t; 4]) -> [float32x4_t; 4] {
         unsafe { words.map(|words| vreinterpretq_f32_u32(vandq_u32(words, vdupq_n_u32(0xffff_0000)))) }
-    }
-
-    #[inline(always)]
-    fn bf16_halves(self, words: [uint32x4_t; 4]) -> [[float32x4_t; 4]; 2] {
-        let widened = |words: [uint32x4_t; 2]| -> [float32x4_t; 4] {
-            let [a, b]: [uint16x8_t; 2] = transmute!(words);
-            let parts = unsafe {
-                [
-                    vshll_n_u16::<16>(vget_low_u16(a)),
-                    vshll_high_n_u16::<16>(a),
-                    vshll_n_u16::<16>(vget_low_u16(b)),
-                    vshll_high_n_u16::<16>(b),
-                ]
-            };
-            transmute!(parts)
-        };
-        [widened([words[0], words[1]]), widened([words[2], words[3]])]
     }
 
     /// Nothing: the instruction is not to be had in stable Rust.

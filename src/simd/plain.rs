@@ -240,11 +240,6 @@ impl Vectors for Plain {
     }
 
     #[inline(always)]
-    fn bf16_halves(self, words: [u32; 16]) -> [[f32; 16]; 2] {
-        [0, 8].map(|half| std::array::from_fn(|lane| float(halves_of(words[half + lane / 2])[lane % 2])))
-    }
-
-    #[inline(always)]
     fn prefetch(self, _: &[u8], _: usize) {}
 }
 

@@ -115,8 +115,6 @@ pub(crate) trait Vectors: Copy {
     fn bf16_even(self, words: Self::Words) -> Self::Floats;
     /// The upper bfloat16 of each 32-bit lane.
     fn bf16_odd(self, words: Self::Words) -> Self::Floats;
-    /// The first sixteen bfloat16, and the last.
-    fn bf16_halves(self, words: Self::Words) -> [Self::Floats; 2];
     /// In each 32-bit lane both products of bfloat16 added to `sum`. Where it is one instruction, what is subnormal
     /// counts as zero.
     #[inline(always)]

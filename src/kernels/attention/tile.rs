@@ -4,8 +4,9 @@ use std::iter::zip;
 use std::ops::Range;
 
 use super::super::floats::{Floats, FloatsMut, from_bf16};
+use super::super::packed::{F32Line, Operand};
 use super::Attention;
-use super::block::{Block, KEYS, Rows, Span, VECTORS};
+use super::block::{Ahead, Block, KEYS, Rows, Span, VECTORS};
 use crate::simd::{Level, VectorKernel, Vectors, exp};
 
 /// Rows of queries whose sums are in registers at once.
@@ -97,14 +98,19 @@ impl VectorKernel for Part<'_> {
         let blocks: Vec<usize> = (0..tile.spans.len()).filter(|block| tile.spans[*block].meets(all)).collect();
         let blocks = &blocks[blocks.len() * part / parts..blocks.len() * (part + 1) / parts];
         let positions = &inputs.key_positions[tile.row * inputs.keys()..(tile.row + 1) * inputs.keys()];
+        let heads: Vec<[Rows<'_>; 2]> =
+            tile.groups.clone().map(|group| [inputs.key, inputs.value].map(|all| tile.rows_of(all, group))).collect();
+        // All heads of a block, for they stand side by side.
+        let mut work = blocks.iter().flat_map(|block| (0..heads.len()).map(|head| (*block, head))).peekable();
         let mut block = Block::new();
-        for &number in blocks {
-            // All heads of a block, for they stand side by side.
-            for (place, group) in tile.groups.clone().enumerate() {
-                let (keys, values) = (tile.rows_of(inputs.key, group), tile.rows_of(inputs.value, group));
-                block.read(vectors, keys, values, positions, number * KEYS);
-                state.see(vectors, place, &queries, &seen, &block, tile.spans[number]);
-            }
+        while let Some((number, head)) = work.next() {
+            let [keys, values] = heads[head];
+            block.read(vectors, keys, values, positions, tile.spans[number], number * KEYS);
+            let next = work.peek().map(|&(number, head)| {
+                let [keys, values] = &heads[head];
+                Ahead::new(keys, values, number * KEYS)
+            });
+            state.see(vectors, head, &queries, &seen, &block, next);
         }
         state
     }
@@ -119,12 +125,16 @@ pub(super) struct State {
     padded_rows: usize,
     /// Vectors of values in a row.
     width: usize,
+    /// How many vectors hold the values of the same 64 bytes: one has the first of each lane, the next the second.
+    per_lane: usize,
     /// Of each row the largest score so far; −∞ before any.
     largest: Vec<f32>,
     /// Of each row the sum of e^(score − largest), in 16 parts.
-    totals: Vec<[f32; 16]>,
+    totals: Vec<F32Line>,
     /// Of each row the vectors of the sum of values, each times its e^(score − largest).
-    mixed: Vec<[f32; 16]>,
+    mixed: Vec<F32Line>,
+    /// Of rows in work the scores with all keys of a block.
+    scores: Vec<F32Line>,
 }
 
 /// The scores so far have shares of e^(score − base): of the largest, where there is any.
@@ -138,7 +148,7 @@ impl State {
     fn new(tile: &Tile<'_>, has_sinks: bool) -> Self {
         let (inputs, rows) = (tile.inputs, tile.padded_rows());
         let mut largest = vec![f32::NEG_INFINITY; tile.groups.len() * rows];
-        let mut totals = vec![[0.0; 16]; tile.groups.len() * rows];
+        let mut totals = vec![F32Line([0.0; 16]); tile.groups.len() * rows];
         if let Some(sinks) = inputs.sinks.filter(|_| has_sinks) {
             let heads = inputs.heads_of_group();
             for (place, group) in tile.groups.clone().enumerate() {
@@ -146,164 +156,160 @@ impl State {
                     let sink = sinks.get(group * heads + row % heads);
                     largest[place * rows + row] = sink;
                     // 1; 0 for −∞, and NaN for what is no logit.
-                    totals[place * rows + row][0] = (sink - base(sink)).exp();
+                    totals[place * rows + row].0[0] = (sink - base(sink)).exp();
                 }
             }
         }
-        // As many vectors as the values of a block are widened to.
-        let width = match inputs.value {
-            Floats::Bf16(_) => 2 * inputs.head_dim.div_ceil(32),
-            Floats::F32(_) => inputs.head_dim.div_ceil(16),
+        let per_lane = match inputs.value {
+            Floats::Bf16(_) => 2,
+            Floats::F32(_) => 1,
         };
-        let mixed = vec![[0.0; 16]; largest.len() * width];
-        Self { head_dim: inputs.head_dim, rows: tile.rows(), padded_rows: rows, width, largest, totals, mixed }
+        // As many vectors as the values of a block are widened to.
+        let width = per_lane * inputs.head_dim.div_ceil(16 * per_lane);
+        let mixed = vec![F32Line([0.0; 16]); largest.len() * width];
+        let scores = vec![F32Line([0.0; 16]); ROWS * VECTORS];
+        Self {
+            head_dim: inputs.head_dim,
+            rows: tile.rows(),
+            padded_rows: rows,
+            width,
+            per_lane,
+            largest,
+            totals,
+            mixed,
+            scores,
+        }
     }
 
-    /// Adds a block, whose keys are at positions of `span`, to what the rows of a group know.
+    /// Adds a block to what the rows of a group know; asks for what is `ahead`.
     #[inline(always)]
-    fn see<V: Vectors>(&mut self, vectors: V, group: usize, queries: &[f32], seen: &[Span], block: &Block, span: Span) {
+    fn see<V: Vectors>(
+        &mut self,
+        vectors: V,
+        group: usize,
+        queries: &[f32],
+        seen: &[Span],
+        block: &Block,
+        mut ahead: Option<Ahead<'_>>,
+    ) {
         let (width, length) = (self.width, self.head_dim);
         for (first, seen) in (group * self.padded_rows..).step_by(ROWS).zip(seen.as_chunks::<ROWS>().0) {
-            if !seen.iter().any(|seen| seen.meets(span)) {
+            if !seen.iter().any(|seen| seen.meets(block.span)) {
                 continue;
             }
-            let queries = &queries[first * length..(first + ROWS) * length];
-            let mixed = &mut self.mixed[first * width..(first + ROWS) * width];
-            let scores = scores(vectors, queries, block);
-            let mut shares = [[[0.0; 16]; VECTORS]; ROWS];
+            let queries = split_rows(&queries[first * length..(first + ROWS) * length]);
+            let scores = &mut self.scores;
+            scores.fill(F32Line([0.0; 16]));
+            multiply(vectors, queries, &block.keys, [vectors.splat(1.0); ROWS], scores, None);
             let mut factors = [vectors.zero(); ROWS];
-            for row in 0..ROWS {
-                let is_whole = block.is_full && seen[row].holds(span);
-                let scores = if is_whole { scores[row] } else { hide(vectors, scores[row], seen[row], block) };
-                (shares[row], factors[row]) =
-                    softmax(vectors, scores, &mut self.largest[first + row], &mut self.totals[first + row]);
-            }
-            let shares = [0, 1, 2, 3].map(|row: usize| shares[row].as_flattened());
-            for first in (0..width).step_by(4) {
-                match width - first {
-                    1 => mix::<V, 1>(vectors, shares, factors, &block.values, mixed, width, first),
-                    2 => mix::<V, 2>(vectors, shares, factors, &block.values, mixed, width, first),
-                    3 => mix::<V, 3>(vectors, shares, factors, &block.values, mixed, width, first),
-                    _ => mix::<V, 4>(vectors, shares, factors, &block.values, mixed, width, first),
+            for (row, scores) in scores.as_chunks_mut::<VECTORS>().0.iter_mut().enumerate() {
+                if !(block.is_full && seen[row].holds(block.span)) {
+                    hide(vectors, scores, seen[row], block);
                 }
+                let (largest, total) = (&mut self.largest[first + row], &mut self.totals[first + row]);
+                factors[row] = softmax(vectors, scores, largest, total);
             }
+            let mixed = &mut self.mixed[first * width..(first + ROWS) * width];
+            let shares = split_rows(<F32Line as Operand<V>>::lanes(scores));
+            multiply(vectors, shares, &block.values, factors, mixed, ahead.take());
         }
     }
 }
 
-/// The scores of some rows with all keys of a block.
+/// Rows that stand one behind the other.
 #[inline(always)]
-fn scores<V: Vectors>(vectors: V, queries: &[f32], block: &Block) -> [[V::Floats; VECTORS]; ROWS] {
-    let length = queries.len() / ROWS;
-    let rows = [0, 1, 2, 3].map(|row: usize| &queries[row * length..(row + 1) * length]);
-    multiply(vectors, rows, &block.keys, VECTORS, 0, [[vectors.zero(); VECTORS]; ROWS])
+fn split_rows(values: &[f32]) -> [&[f32]; ROWS] {
+    let length = values.len() / ROWS;
+    [0, 1, 2, 3].map(|row: usize| &values[row * length..(row + 1) * length])
 }
 
 /// −∞ for keys that a query does not see.
 #[inline(always)]
-fn hide<V: Vectors>(vectors: V, scores: [V::Floats; VECTORS], seen: Span, block: &Block) -> [V::Floats; VECTORS] {
-    let mut scores = scores;
-    for (score, positions) in zip(&mut scores, &block.positions) {
+fn hide<V: Vectors>(vectors: V, scores: &mut [F32Line; VECTORS], seen: Span, block: &Block) {
+    for (score, positions) in zip(scores, &block.positions) {
         let positions = vectors.load(zerocopy::transmute_ref!(positions));
-        *score = vectors.within(*score, positions, seen.first, seen.last);
+        score.0 = vectors.store_f32(vectors.within(vectors.load_f32(&score.0), positions, seen.first, seen.last));
     }
-    scores
 }
 
-/// e^(score − the largest so far) of a row, and the factor of what was before.
+/// Makes of a row's scores e^(score − the largest so far); returns the factor of what was before.
 #[inline(always)]
 fn softmax<V: Vectors>(
     vectors: V,
-    scores: [V::Floats; VECTORS],
+    scores: &mut [F32Line; VECTORS],
     largest: &mut f32,
-    total: &mut [f32; 16],
-) -> ([[f32; 16]; VECTORS], V::Floats) {
-    let mut most = scores[0];
+    total: &mut F32Line,
+) -> V::Floats {
+    let mut most = vectors.load_f32(&scores[0].0);
     for score in &scores[1..] {
-        most = vectors.max(most, *score);
+        most = vectors.max(most, vectors.load_f32(&score.0));
     }
     let before = *largest;
     *largest = before.max(vectors.largest(most));
     let base = base(*largest);
     let factor = exp(vectors, vectors.splat(before - base));
-    let mut sum = vectors.mul(vectors.load_f32(total), factor);
-    let mut shares = [[0.0; 16]; VECTORS];
-    for (share, score) in zip(&mut shares, scores) {
-        let value = exp(vectors, vectors.add(score, vectors.splat(-base)));
-        sum = vectors.add(sum, value);
-        *share = vectors.store_f32(value);
+    let mut sum = vectors.mul(vectors.load_f32(&total.0), factor);
+    for score in scores {
+        let share = exp(vectors, vectors.add(vectors.load_f32(&score.0), vectors.splat(-base)));
+        sum = vectors.add(sum, share);
+        score.0 = vectors.store_f32(share);
     }
-    *total = vectors.store_f32(sum);
-    (shares, factor)
+    total.0 = vectors.store_f32(sum);
+    factor
 }
 
-/// Adds values times their shares to some vectors of rows, after the factors of what was before.
+/// Adds to sums, times their row's factor, the products of rows with a matrix of as many columns as a row has sums.
 #[inline(always)]
-fn mix<V: Vectors, const N: usize>(
+fn multiply<V: Vectors>(
     vectors: V,
-    shares: [&[f32]; ROWS],
+    rows: [&[f32]; ROWS],
+    matrix: &[F32Line],
     factors: [V::Floats; ROWS],
-    values: &[[f32; 16]],
-    mixed: &mut [[f32; 16]],
-    width: usize,
-    first: usize,
+    sums: &mut [F32Line],
+    ahead: Option<Ahead<'_>>,
 ) {
+    // As many sums at once as there are registers for.
+    let (columns, width) = (sums.len() / ROWS, if V::HAS_MANY_REGISTERS { 4 } else { 1 });
+    for first in (0..columns).step_by(width) {
+        match width.min(columns - first) {
+            1 => multiply_columns::<V, 1>(vectors, rows, matrix, factors, sums, first, ahead),
+            2 => multiply_columns::<V, 2>(vectors, rows, matrix, factors, sums, first, ahead),
+            3 => multiply_columns::<V, 3>(vectors, rows, matrix, factors, sums, first, ahead),
+            _ => multiply_columns::<V, 4>(vectors, rows, matrix, factors, sums, first, ahead),
+        }
+    }
+}
+
+/// As [`multiply`], N columns from `first` on, whose sums are in registers.
+#[inline(always)]
+fn multiply_columns<V: Vectors, const N: usize>(
+    vectors: V,
+    rows: [&[f32]; ROWS],
+    matrix: &[F32Line],
+    factors: [V::Floats; ROWS],
+    out: &mut [F32Line],
+    first: usize,
+    ahead: Option<Ahead<'_>>,
+) {
+    let (length, columns) = (rows[0].len(), out.len() / ROWS);
+    // Told once that all are as long, the compiler checks no index in the loop.
+    let rows = rows.map(|row| &row[..length]);
     let mut sums = [[vectors.zero(); N]; ROWS];
     for row in 0..ROWS {
         for n in 0..N {
-            sums[row][n] = vectors.mul(vectors.load_f32(&mixed[row * width + first + n]), factors[row]);
+            sums[row][n] = vectors.mul(vectors.load_f32(&out[row * columns + first + n].0), factors[row]);
         }
     }
-    let sums = multiply(vectors, shares, values, width, first, sums);
-    for row in 0..ROWS {
-        for n in 0..N {
-            mixed[row * width + first + n] = vectors.store_f32(sums[row][n]);
-        }
-    }
-}
-
-/// Adds to sums the products of rows with N columns, from `first` on, of a matrix of so many columns.
-#[inline(always)]
-fn multiply<V: Vectors, const N: usize>(
-    vectors: V,
-    rows: [&[f32]; ROWS],
-    matrix: &[[f32; 16]],
-    columns: usize,
-    first: usize,
-    sums: [[V::Floats; N]; ROWS],
-) -> [[V::Floats; N]; ROWS] {
-    if V::HAS_MANY_REGISTERS {
-        return multiply_at_once(vectors, rows, matrix, columns, first, sums);
-    }
-    let mut sums = sums;
-    for n in 0..N {
-        let column = [[sums[0][n]], [sums[1][n]], [sums[2][n]], [sums[3][n]]];
-        for (sums, [sum]) in zip(&mut sums, multiply_at_once(vectors, rows, matrix, columns, first + n, column)) {
-            sums[n] = sum;
-        }
-    }
-    sums
-}
-
-/// As [`multiply`], with all sums in registers.
-#[inline(always)]
-fn multiply_at_once<V: Vectors, const N: usize>(
-    vectors: V,
-    rows: [&[f32]; ROWS],
-    matrix: &[[f32; 16]],
-    columns: usize,
-    first: usize,
-    sums: [[V::Floats; N]; ROWS],
-) -> [[V::Floats; N]; ROWS] {
-    let length = rows[0].len();
-    // Told once that all are as long, the compiler checks no index in the loop.
-    let rows = rows.map(|row| &row[..length]);
-    let mut sums = sums;
     for (place, line) in matrix.chunks_exact(columns).enumerate().take(length) {
-        let line: &[[f32; 16]; N] = line[first..].first_chunk().expect("there are so many columns");
+        let line: &[F32Line; N] = line[first..].first_chunk().expect("there are so many columns");
+        if let Some(ahead) = ahead {
+            for n in 0..N {
+                ahead.ask(vectors, place, first + n);
+            }
+        }
         let mut loaded = [vectors.zero(); N];
         for n in 0..N {
-            loaded[n] = vectors.load_f32(&line[n]);
+            loaded[n] = vectors.load_f32(&line[n].0);
         }
         for row in 0..ROWS {
             let factor = vectors.splat(rows[row][place]);
@@ -312,7 +318,11 @@ fn multiply_at_once<V: Vectors, const N: usize>(
             }
         }
     }
-    sums
+    for row in 0..ROWS {
+        for n in 0..N {
+            out[row * columns + first + n].0 = vectors.store_f32(sums[row][n]);
+        }
+    }
 }
 
 /// Writes what rows know from several parts of their keys: for each group and each token the values of its heads.
@@ -330,20 +340,26 @@ impl VectorKernel for Write<'_, '_> {
 
     #[inline(always)]
     fn run<V: Vectors>(self, vectors: V) {
-        let State { head_dim, rows, padded_rows, .. } = self.parts[0];
-        let mut mixed = vec![0.0; head_dim];
+        let State { head_dim, rows, padded_rows, width, per_lane, .. } = self.parts[0];
+        let (mut mixed, mut ordered) = (vec![0.0; 16 * width], vec![0.0; 16 * width]);
         let mut row = 0;
         for out in self.out {
             for mut out in out.reborrow().chunks(head_dim) {
                 merge(vectors, self.parts, row / rows * padded_rows + row % rows, &mut mixed);
-                out.write([&mixed[..]]);
+                for (ordered, mixed) in zip(ordered.chunks_mut(16 * per_lane), mixed.chunks(16 * per_lane)) {
+                    for (first, vector) in mixed.as_chunks::<16>().0.iter().enumerate() {
+                        zip(ordered[first..].iter_mut().step_by(per_lane), vector)
+                            .for_each(|(out, value)| *out = *value);
+                    }
+                }
+                out.write([&ordered[..head_dim]]);
                 row += 1;
             }
         }
     }
 }
 
-/// The mean of a row's values.
+/// The mean of a row's values, as they stand in its vectors.
 #[inline(always)]
 fn merge<V: Vectors>(vectors: V, parts: &[State], row: usize, out: &mut [f32]) {
     let largest = parts.iter().fold(f32::NEG_INFINITY, |largest, part| largest.max(part.largest[row]));
@@ -351,9 +367,9 @@ fn merge<V: Vectors>(vectors: V, parts: &[State], row: usize, out: &mut [f32]) {
     out.fill(0.0);
     for part in parts {
         let factor = (part.largest[row] - base(largest)).exp();
-        total = vectors.mul_add(vectors.load_f32(&part.totals[row]), vectors.splat(factor), total);
+        total = vectors.mul_add(vectors.load_f32(&part.totals[row].0), vectors.splat(factor), total);
         let mixed = &part.mixed[row * part.width..(row + 1) * part.width];
-        zip(&mut *out, mixed.as_flattened()).for_each(|(out, mixed)| *out += mixed * factor);
+        zip(&mut *out, <F32Line as Operand<V>>::lanes(mixed)).for_each(|(out, mixed)| *out += mixed * factor);
     }
     let total = vectors.sum(total);
     if total != 0.0 {
