@@ -20,7 +20,7 @@ RUST_SOURCES := $(shell find src -type f) Cargo.toml Cargo.lock pyproject.toml
 WHEELS := target/wheels
 WHEEL_STAMP := $(WHEELS)/.built
 
-.PHONY: demo test test-rust test-arm test-python test-newest lint format miri sanitize test-gpu bench bench-gpu tune-gpu wheel smoke clean
+.PHONY: demo test test-rust test-arm test-avx512 test-python test-newest lint format miri sanitize test-gpu bench bench-gpu tune-gpu wheel smoke clean
 
 demo: $(VENV)/.demo
 	$(BIN)/tensorport demo
@@ -47,6 +47,10 @@ test-arm:
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
 	CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
 		cargo test --release --target $(ARM) --lib --test rust -- attention:: kernels:: simd::
+
+# Those for AVX-512, where the processor has it not: needs an emulator and a kernel of Linux, as the script says.
+test-avx512:
+	tools/emulate_avx512.sh
 
 test-python: $(VENV)/.dev target/release/tensorport
 	TENSORPORT_BINARY=target/release/tensorport $(BIN)/python -m pytest

@@ -125,3 +125,123 @@ pub(crate) trait Vectors: Copy {
     /// Asks for the line that is `ahead` bytes behind the start of `bytes`, which need not exist.
     fn prefetch(self, bytes: &[u8], ahead: usize);
 }
+
+#[cfg(test)]
+mod tests {
+    use std::array::from_fn;
+
+    use super::*;
+    use crate::simd::Level;
+
+    /// What comes out of each method: its name, its arguments that are constants, and bits.
+    struct Methods {
+        words: [[u32; 16]; 4],
+        /// Numbers of which sums and products are exact.
+        floats: [[f32; 16]; 8],
+        length: usize,
+    }
+
+    impl VectorKernel for Methods {
+        type Output = Vec<(&'static str, u32, Vec<u32>)>;
+
+        #[inline(always)]
+        fn run<V: Vectors>(self, vectors: V) -> Self::Output {
+            let mut results = Vec::new();
+            macro_rules! push {
+                ($name:literal, $argument:expr, floats $value:expr) => {
+                    results.push(($name, $argument, vectors.store_f32($value).map(f32::to_bits).to_vec()));
+                };
+                ($name:literal, $argument:expr, words $value:expr) => {
+                    let halves = vectors.store_bf16($value);
+                    results.push(($name, $argument, halves.map(u32::from).to_vec()));
+                };
+            }
+            let words = self.words.map(|words| vectors.load(zerocopy::transmute_ref!(&words)));
+            let [a, b, c] = [0, 1, 2].map(|number: usize| vectors.load_f32(&self.floats[number]));
+            push!("zero", 0, floats vectors.zero());
+            push!("splat", 0, floats vectors.splat(self.floats[0][0]));
+            push!("splat_words", 0, words vectors.splat_words(self.words[0][0]));
+            let bytes: &[u8; 64] = zerocopy::transmute_ref!(&self.words[0]);
+            push!("load_part", 0, words vectors.load_part(&bytes[..self.length]));
+            let rows = from_fn(|row: usize| {
+                let row = self.words[row % 4].map(|word| word.rotate_left(u32::try_from(row).expect("is small")));
+                vectors.load(zerocopy::transmute_ref!(&row))
+            });
+            for (row, number) in vectors.transpose(rows).into_iter().zip(0..) {
+                push!("transpose", number, words row);
+            }
+            push!("add", 0, floats vectors.add(a, b));
+            push!("mul", 0, floats vectors.mul(a, b));
+            push!("mul_add", 0, floats vectors.mul_add(a, b, c));
+            push!("min", 0, floats vectors.min(a, b));
+            push!("max", 0, floats vectors.max(a, b));
+            push!("scale", 0, floats vectors.scale(a, b));
+            results.push(("sum", 0, vec![vectors.sum(a).to_bits()]));
+            results.push(("largest", 0, vec![vectors.largest(a).to_bits()]));
+            push!("within", 0, floats vectors.within(a, words[1], i32::MIN / 2, i32::MAX / 3));
+            push!("floats", 0, floats vectors.floats(words[0]));
+            for shift in 0..8 {
+                push!("e2m1", shift, floats vectors.e2m1(words[0], 4 * shift));
+            }
+            for number in 0..4 {
+                let [low, high] = vectors.e2m1_pair(words[0], number);
+                push!("e2m1_pair, low", number, floats low);
+                push!("e2m1_pair, high", number, floats high);
+                push!("e2m1_bf16", number, words vectors.e2m1_bf16(words[0], 4 * number));
+                push!("e8m0", number, floats vectors.e8m0(words[1], 8 * number));
+                let exponents = vectors.exponents(words[2], 8 * number);
+                let values = vectors.e2m1_bf16(words[0], 4 * number);
+                push!("add_exponents", number, words vectors.add_exponents(values, words[0], 4 * number, exponents));
+            }
+            let doubled = self.floats.map(|row| row.map(|x| 2.0 * x));
+            for (dot, number) in vectors.e2m1_dot(words[0], [&self.floats, &doubled]).into_iter().zip(0..) {
+                push!("e2m1_dot", number, floats dot);
+            }
+            push!("e8m0_normal", 0, floats vectors.e8m0_normal(self.words[2][0]));
+            let [low, high] = vectors.e2m1_bytes(words[0]);
+            push!("e2m1_bytes", 0, words low);
+            push!("e2m1_bytes", 1, words high);
+            push!("dot_bytes", 1, words vectors.dot_bytes([low], [words[3]], words[1]));
+            let four = vectors.dot_bytes([low, high, high, low], [words[3]; 4], words[1]);
+            push!("dot_bytes", 4, words four);
+            push!("floats_of_ints", 0, floats vectors.floats_of_ints(words[0]));
+            push!("bf16_even", 0, floats vectors.bf16_even(words[0]));
+            push!("bf16_odd", 0, floats vectors.bf16_odd(words[0]));
+            let [one, two] = [0, 1].map(|number| vectors.e2m1_bf16(words[number], 4));
+            push!("bf16_dot", 0, floats vectors.bf16_dot(one, two, a));
+            results
+        }
+    }
+
+    #[test]
+    fn every_level_does_what_plain_arrays_do() {
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            u32::try_from(state >> 32).expect("32 bits")
+        };
+        for length in 0..=64 {
+            let mut words: [[u32; 16]; 4] = from_fn(|_| from_fn(|_| random()));
+            // Scale bytes of exponents that fit, and bytes that are not −128.
+            words[2] = words[2].map(|word| u32::from_le_bytes(word.to_le_bytes().map(|byte| byte.clamp(2, 252))));
+            words[3] = words[3]
+                .map(|word| u32::from_le_bytes(word.to_le_bytes().map(|byte| if byte == 128 { 0 } else { byte })));
+            let mut floats: [[f32; 16]; 8] =
+                from_fn(|_| from_fn(|_| f32::from(i8::from_le_bytes([random().to_le_bytes()[0]])) / 4.0));
+            // Exponents, for one method; −0 would be as small as 0.
+            floats[1] = floats[1].map(|x| x.round() + 0.0);
+            let of = |level: Level| level.run_vectors(Methods { words, floats, length });
+            let expected = of(Level::PLAIN);
+            for level in Level::all() {
+                for (expected, found) in expected.iter().zip(of(level)) {
+                    let is_nan = |bits: u32| f32::from_bits(bits).is_nan();
+                    let agrees = expected.2.iter().zip(&found.2).all(|(a, b)| a == b || is_nan(*a) && is_nan(*b));
+                    let (name, argument, _) = expected;
+                    assert!(agrees, "{name}, {argument}, {level}: {:x?} is not {:x?}", found.2, expected.2);
+                }
+            }
+        }
+    }
+}
