@@ -344,7 +344,7 @@ fn nan_in_a_query_or_a_key_reaches_those_that_see_it() {
 fn a_query_that_sees_nothing_is_zero() {
     let random = &mut Random(8);
     for has_sinks in BOTH {
-        let mut case = Case::new(random, [3, 70], [2, 1, 8], [true; 3]);
+        let mut case = Case::new(random, [3, 70], [4, 2, 8], [true; 3]);
         if !has_sinks {
             case.sinks = None;
         }
@@ -352,7 +352,7 @@ fn a_query_that_sees_nothing_is_zero() {
         case.query_positions[1] = -7;
         for level in Level::all() {
             let found = case.run(level, 4);
-            for (query, found) in found.chunks(16).enumerate() {
+            for (query, found) in found.chunks(32).enumerate() {
                 assert_eq!(found.iter().all(|value| *value == 0.0), query == 1 || query >= 3, "{level}, {query}");
             }
         }

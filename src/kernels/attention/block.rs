@@ -75,8 +75,8 @@ struct Bytes<'a> {
 }
 
 impl<'a> Ahead<'a> {
-    /// Those from a key on.
-    pub(super) fn new(keys: &'a Rows<'_>, values: &'a Rows<'_>, start: usize) -> Self {
+    /// Keys and values from a key on.
+    pub(super) fn new([keys, values]: [Rows<'a>; 2], start: usize) -> Self {
         Self { keys: Bytes::new(keys, start), values: Bytes::new(values, start) }
     }
 
@@ -90,7 +90,7 @@ impl<'a> Ahead<'a> {
 }
 
 impl<'a> Bytes<'a> {
-    fn new(rows: &'a Rows<'_>, start: usize) -> Self {
+    fn new(rows: Rows<'a>, start: usize) -> Self {
         let first = start * rows.stride;
         let (bytes, size) = match rows.values {
             Floats::Bf16(values) => (values[first..].as_bytes(), size_of::<u16>()),

@@ -98,19 +98,16 @@ impl VectorKernel for Part<'_> {
         let blocks: Vec<usize> = (0..tile.spans.len()).filter(|block| tile.spans[*block].meets(all)).collect();
         let blocks = &blocks[blocks.len() * part / parts..blocks.len() * (part + 1) / parts];
         let positions = &inputs.key_positions[tile.row * inputs.keys()..(tile.row + 1) * inputs.keys()];
-        let heads: Vec<[Rows<'_>; 2]> =
-            tile.groups.clone().map(|group| [inputs.key, inputs.value].map(|all| tile.rows_of(all, group))).collect();
+        let rows_of = |group: usize| [inputs.key, inputs.value].map(|all| tile.rows_of(all, group));
         // All heads of a block, for they stand side by side.
-        let mut work = blocks.iter().flat_map(|block| (0..heads.len()).map(|head| (*block, head))).peekable();
+        let heads = tile.groups.clone().enumerate();
+        let mut work = blocks.iter().flat_map(|block| heads.clone().map(|head| (*block, head))).peekable();
         let mut block = Block::new();
-        while let Some((number, head)) = work.next() {
-            let [keys, values] = heads[head];
+        while let Some((number, (place, group))) = work.next() {
+            let [keys, values] = rows_of(group);
             block.read(vectors, keys, values, positions, tile.spans[number], number * KEYS);
-            let next = work.peek().map(|&(number, head)| {
-                let [keys, values] = &heads[head];
-                Ahead::new(keys, values, number * KEYS)
-            });
-            state.see(vectors, head, &queries, &seen, &block, next);
+            let ahead = work.peek().map(|&(number, (_, group))| Ahead::new(rows_of(group), number * KEYS));
+            state.see(vectors, place, &queries, &seen, &block, ahead);
         }
         state
     }
