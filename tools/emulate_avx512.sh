@@ -14,17 +14,17 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 folder=$(realpath "${1:-$(mktemp -d)}")
-mkdir -p "$folder/root"/{bin,dev,proc,tmp} "$folder/disk/isolinux"
+mkdir -p "$folder/guest"/{bin,dev,proc,tmp} "$folder/disk/isolinux"
 
 # The tests, and all that they load.
 tests=$(cargo test --release --lib --test rust --no-run --message-format=json | grep -o '"executable":"[^"]*"' | cut -d'"' -f4)
 for name in tensorport rust; do
     program=$(grep "/$name-" <<<"$tests")
-    strip -o "$folder/root/bin/test_$name" "$program"
-    ldd "$program" | grep -o '/[^ ]*' | xargs -I{} cp -L --parents {} "$folder/root"
+    strip -o "$folder/guest/bin/test_$name" "$program"
+    ldd "$program" | grep -o '/[^ ]*' | xargs -I{} cp -L --parents {} "$folder/guest"
 done
-cp "$(command -v busybox)" "$folder/root/bin"
-cat >"$folder/root/init" <<'INIT'
+cp "$(command -v busybox)" "$folder/guest/bin"
+cat >"$folder/guest/init" <<'INIT'
 #!/bin/busybox sh
 busybox mount -t proc proc /proc
 busybox mount -t devtmpfs dev /dev
@@ -38,12 +38,12 @@ echo "emulated tests $result"
 busybox sleep 2
 busybox poweroff -f
 INIT
-chmod +x "$folder/root/init"
+chmod +x "$folder/guest/init"
 
 # A disk that starts them. Linux 6.1 does not start on this processor with all that it has.
 cp "$KERNEL" "$folder/disk/isolinux/vmlinuz"
 cp /usr/lib/ISOLINUX/isolinux.bin /usr/lib/syslinux/modules/bios/ldlinux.c32 "$folder/disk/isolinux"
-(cd "$folder/root" && find . | cpio --quiet -o -H newc | gzip -1) >"$folder/disk/isolinux/initrd.gz"
+(cd "$folder/guest" && find . | cpio --quiet -o -H newc | gzip -1) >"$folder/disk/isolinux/initrd.gz"
 cat >"$folder/disk/isolinux/isolinux.cfg" <<'BOOT'
 DEFAULT linux
 LABEL linux
