@@ -343,15 +343,20 @@ impl VectorKernel for Write<'_, '_> {
         for out in self.out {
             for mut out in out.reborrow().chunks(head_dim) {
                 merge(vectors, self.parts, row / rows * padded_rows + row % rows, &mut mixed);
-                for (ordered, mixed) in zip(ordered.chunks_mut(16 * per_lane), mixed.chunks(16 * per_lane)) {
-                    for (first, vector) in mixed.as_chunks::<16>().0.iter().enumerate() {
-                        zip(ordered[first..].iter_mut().step_by(per_lane), vector)
-                            .for_each(|(out, value)| *out = *value);
-                    }
-                }
+                put_in_order(&mixed, per_lane, &mut ordered);
                 out.write([&ordered[..head_dim]]);
                 row += 1;
             }
+        }
+    }
+}
+
+/// Values of vectors, of which `per_lane` hold each a value of the same lanes, in the order of their dimensions.
+#[inline(always)]
+fn put_in_order(mixed: &[f32], per_lane: usize, ordered: &mut [f32]) {
+    for (ordered, mixed) in zip(ordered.chunks_mut(16 * per_lane), mixed.chunks(16 * per_lane)) {
+        for (first, vector) in mixed.as_chunks::<16>().0.iter().enumerate() {
+            zip(ordered[first..].iter_mut().step_by(per_lane), vector).for_each(|(out, value)| *out = *value);
         }
     }
 }
