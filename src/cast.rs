@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
 use crate::simd::{Kernel, Level};
 
 /// Float dtypes that can be cast to.
@@ -32,6 +33,21 @@ pub enum OnOverflow {
     Warn,
     /// The largest finite value is stored, with the sign.
     Saturate,
+}
+
+impl OnOverflow {
+    /// What this name means.
+    pub fn parse(name: &str) -> Result<Self> {
+        Ok(match name {
+            "error" => Self::Error,
+            "warn" => Self::Warn,
+            "saturate" => Self::Saturate,
+            _ => {
+                let (found, expected) = (format!("{name:?}"), "error, warn or saturate".into());
+                return Err(Error::Argument { name: "on_overflow", found, expected });
+            }
+        })
+    }
 }
 
 /// What a cast lost.

@@ -174,7 +174,8 @@ impl<'a> Buffer<'a> {
     /// The size of each axis, if there are `N`.
     pub fn shape<const N: usize>(&self) -> Result<[usize; N]> {
         let dims = <[i64; N]>::try_from(self.dims).map_err(|_| {
-            FfiError::invalid_argument(self.which, format!("dims {:?}", self.dims), format!("{N} axes"))
+            let expected = if N == 1 { "1 axis".into() } else { format!("{N} axes") };
+            FfiError::invalid_argument(self.which, format!("dims {:?}", self.dims), expected)
         })?;
         Ok(dims.map(|dim| usize::try_from(dim).expect("checked by `new`")))
     }
@@ -209,7 +210,7 @@ impl<'a> Buffer<'a> {
     /// Fails if some byte belongs to both.
     pub(super) fn expect_apart(&self, other: &Self) -> Result<()> {
         let (own, others) = (self.range(), other.range());
-        if own.end <= others.start || others.end <= own.start {
+        if own.start.max(others.start) >= own.end.min(others.end) {
             return Ok(());
         }
         Err(FfiError::invalid_argument(self.which, format!("memory of {}", other.which), "memory of its own"))

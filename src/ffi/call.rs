@@ -295,6 +295,10 @@ mod tests {
         let expected = "result 1: found memory of result 0, expected memory of its own";
         assert_eq!(message(vec![part(4)], vec![part(0), part(1)]), Some(expected.to_owned()));
         assert_eq!(message(vec![part(4)], vec![part(0), part(2)]), None);
+        // What has no elements is nobody's memory.
+        let mut nothing = part(1);
+        nothing.dims = vec![0];
+        assert_eq!(message(vec![nothing], vec![part(0), part(2)]), None);
     }
 
     #[test]

@@ -57,7 +57,8 @@ mod register {
     pub fn write(state: Register) {
         // SAFETY: ldmxcsr reads four bytes from `state`. They are the default, or what stmxcsr gave: no reserved bit is
         // set. XLA's threads come with a state that Rust does not allow for; only going back to it leaves the default.
-        unsafe { asm!("ldmxcsr [{}]", in(reg) &raw const state, options(nostack, preserves_flags)) };
+        // Not `preserves_flags`: what exceptions are noted is among the flags.
+        unsafe { asm!("ldmxcsr [{}]", in(reg) &raw const state, options(nostack)) };
     }
 }
 

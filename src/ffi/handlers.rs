@@ -120,9 +120,13 @@ impl Handler for GroupedAttention {
 
     fn run(call: &mut Call<'_>) -> Result<()> {
         let (scale, window): (f32, i64) = (call.attribute("scale")?, call.attribute("sliding_window")?);
-        let sinks = if call.arg_count() == 5 { None } else { Some(call.args::<6>()?[5]) };
-        let (query, key, value) = (call.arg(0)?, call.arg(1)?, call.arg(2)?);
-        let (query_positions, key_positions) = (call.arg(3)?, call.arg(4)?);
+        let ([query, key, value, query_positions, key_positions], sinks) = match call.arg_count() {
+            5 => (call.args()?, None),
+            6 => call.args().map(|[query, key, value, of_query, of_key, sinks]| {
+                ([query, key, value, of_query, of_key], Some(sinks))
+            })?,
+            found => return Err(FfiError::invalid_argument("number of arguments", found, "5 or 6")),
+        };
         let [out] = call.results()?;
         let shape @ [batch, queries, heads, head_dim] = query.shape()?;
         let [_, keys, key_heads, _] = key.shape()?;
@@ -134,7 +138,10 @@ impl Handler for GroupedAttention {
         if head_dim == 0 {
             return Err(FfiError::invalid_argument("size of a head", 0, "at least 1"));
         }
-        if key_heads == 0 || !heads.is_multiple_of(key_heads) {
+        if key_heads == 0 {
+            return Err(FfiError::invalid_argument("heads of keys", 0, "at least 1"));
+        }
+        if !heads.is_multiple_of(key_heads) {
             return Err(FfiError::invalid_argument("heads of queries", heads, format!("a multiple of {key_heads}")));
         }
         let sinks =

@@ -12,6 +12,7 @@
 use std::any::Any;
 use std::ffi::c_void;
 use std::hint;
+use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -167,7 +168,14 @@ impl<'a> Job<'a> {
             let task = unsafe { &*self.task };
             done += 1;
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(number))) {
-                self.panic.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+                let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
+                if first.is_none() {
+                    *first = Some(panic);
+                } else {
+                    // Never dropped, for that may panic, and nobody may leave `run` before `wait`.
+                    mem::forget(panic);
+                }
+                drop(first);
                 // Nobody claims what is left from here on; so it is counted here.
                 done += self.tasks.saturating_sub(self.next.swap(self.tasks, Ordering::Relaxed));
             }
@@ -179,7 +187,8 @@ impl<'a> Job<'a> {
     }
 
     fn claim(&self) -> Option<usize> {
-        // Each number comes once whatever the order; what tasks read was there before they were scheduled.
+        // Each number comes once, and after all below it, for which tasks may wait. Relaxed: what tasks read was there
+        // before they were scheduled.
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         (number < self.tasks).then_some(number)
     }
@@ -318,6 +327,52 @@ mod tests {
             let result =
                 catch_unwind(AssertUnwindSafe(|| pool.with(|threads| threads.run(8, &|_| resume_unwind(Box::new(1))))));
             assert_eq!(result.unwrap_err().downcast_ref::<i32>(), Some(&1));
+        }
+    }
+
+    #[test]
+    fn panics_that_panic_when_dropped_leave_nobody_behind() {
+        struct PanicsWhenDropped;
+        impl Drop for PanicsWhenDropped {
+            fn drop(&mut self) {
+                panic!("dropped");
+            }
+        }
+
+        let pool = FakePool::new(3, Start::AtOnce);
+        let (all, is_last_done) = (Barrier::new(3), AtomicUsize::new(0));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            pool.with(|threads| {
+                threads.run(3, &|number| {
+                    all.wait();
+                    if number < 2 {
+                        std::panic::panic_any(PanicsWhenDropped);
+                    }
+                    thread::sleep(Duration::from_millis(20));
+                    is_last_done.store(1, Ordering::Relaxed);
+                });
+            });
+        }));
+        mem::forget(result.unwrap_err());
+        assert_eq!(is_last_done.into_inner(), 1);
+    }
+
+    #[test]
+    fn a_task_may_wait_for_those_below_it() {
+        for start in [Start::AtOnce, Start::Inline, Start::Late, Start::Never] {
+            for count in [1, 2, 3] {
+                let pool = FakePool::new(count, start);
+                let begun = AtomicUsize::new(0);
+                pool.with(|threads| {
+                    threads.run(40, &|number| {
+                        while begun.load(Ordering::Relaxed) < number {
+                            thread::yield_now();
+                        }
+                        begun.fetch_add(1, Ordering::Relaxed);
+                    });
+                });
+                assert_eq!(begun.into_inner(), 40);
+            }
         }
     }
 

@@ -54,7 +54,7 @@ impl<const NORMAL: bool> Mxfp4<NORMAL> {
 #[inline(always)]
 pub(super) fn rare_factors<V: Vectors>(vectors: V, scales: u32) -> V::Floats {
     let lanes: [u32; 16] = std::array::from_fn(|lane| scales >> (lane / 4 * 8));
-    vectors.e8m0(vectors.load(zerocopy::transmute_ref!(&lanes)), 0)
+    vectors.e8m0(vectors.load_words(&lanes), 0)
 }
 
 impl<V: Vectors, const NORMAL: bool> Products<V, F32Line, 8> for Mxfp4<NORMAL> {
@@ -78,7 +78,7 @@ impl<V: Vectors, const NORMAL: bool> Products<V, F32Line, 8> for Mxfp4<NORMAL> {
 impl<V: Vectors, const NORMAL: bool> Expand<V, F32Line, 8> for Mxfp4<NORMAL> {
     #[inline(always)]
     fn expand(vectors: V, codes: [V::Words; 16], scales: [u32; 16], out: &mut [[F32Line; 16]; 8]) {
-        let scales = vectors.load(zerocopy::transmute_ref!(&scales));
+        let scales = vectors.load_words(&scales);
         for block in 0..4 {
             let factors = vectors.e8m0(scales, 8 * block);
             for i in 4 * block as usize..4 * (block as usize + 1) {
@@ -124,7 +124,7 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, Bf16Line, 4> for Mxfp4<NORMAL> {
         if bytes.iter().fold(0, |most, scale| scale.wrapping_sub(2).max(most)) > 250 {
             return expand_rare(&codes.map(|codes| vectors.store_bf16(codes)), scales, out);
         }
-        let scales = vectors.load(zerocopy::transmute_ref!(&scales));
+        let scales = vectors.load_words(&scales);
         for block in 0..4 {
             let exponents = vectors.exponents(scales, 8 * block);
             for i in 4 * block as usize..4 * (block as usize + 1) {
@@ -142,7 +142,7 @@ impl<V: Vectors, const NORMAL: bool> Expand<V, Bf16Line, 4> for Mxfp4<NORMAL> {
 #[cold]
 #[inline(never)]
 fn expand_rare(codes: &[[u16; 32]; 16], scales: [u32; 16], out: &mut [[Bf16Line; 16]; 4]) {
-    let scales = Plain.load(zerocopy::transmute_ref!(&scales));
+    let scales = Plain.load_words(&scales);
     for (i, (codes, block)) in codes.iter().zip((0u32..4).flat_map(|block| [block; 4])).enumerate() {
         let codes = Plain.load(zerocopy::transmute_ref!(codes));
         let exponents = Plain.exponents(scales, 8 * block);

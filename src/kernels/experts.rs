@@ -45,16 +45,16 @@ pub fn expert_linear(
     let groups = group_by_expert(ids, experts, usize::MAX);
     let x = Packed::new(level, threads, x, stack);
     let results: Vec<_> = groups.iter().map(|group| Results::new(group, stack, n, 1)).collect();
-    let tasks = tasks(&results);
-    threads.run(tasks.len(), &|number| {
-        let (place, task) = tasks[number];
+    let all_tasks = tasks(&results);
+    threads.run(all_tasks.len(), &|number| {
+        let (place, task) = all_tasks[number];
         results[place].compute(level, &x, &groups[place].rows, task, |out, _| out);
     });
-    let mut rows = vec![None; ids.len()];
+    let mut places = vec![None; ids.len()];
     for (group, results) in zip(&groups, &results) {
-        zip(&group.rows, 0..).for_each(|(row, place)| rows[*row] = Some((results, place)));
+        zip(&group.rows, 0..).for_each(|(row, place)| places[*row] = Some((results, place)));
     }
-    for_each(threads, zip(out.reborrow().chunks(n), rows), &|(mut out, row)| match row {
+    for_each(threads, zip(out.reborrow().chunks(n), places), &|(mut out, place)| match place {
         Some((results, place)) => out.write(results.row(place)),
         None => out.fill_nan(),
     });
@@ -116,13 +116,13 @@ pub fn moe(
     for wave in waves(&groups, ROWS_OF_WAVE) {
         let wave: Vec<_> = wave.iter().map(|group| GroupLayers::new(level, group, experts, k)).collect();
         run_layers(level, threads, &x, weights, &wave);
-        let mut rows = vec![Vec::new(); tokens];
+        let mut places = vec![Vec::new(); tokens];
         for layers in &wave {
-            zip(&layers.group.rows, 0..).for_each(|(pair, place)| rows[pair / k].push((&layers.second, place)));
+            zip(&layers.group.rows, 0..).for_each(|(pair, place)| places[pair / k].push((&layers.second, place)));
         }
-        let tokens = zip(sums.chunks_exact_mut(hidden), rows).filter(|(_, rows)| !rows.is_empty());
-        for_each(threads, tokens, &|(sums, rows)| {
-            for (results, place) in rows {
+        let tokens = zip(sums.chunks_exact_mut(hidden), places).filter(|(_, places)| !places.is_empty());
+        for_each(threads, tokens, &|(sums, places)| {
+            for (results, place) in places {
                 let mut sums = &mut *sums;
                 for values in results.row(place) {
                     let (these, others) = sums.split_at_mut(values.len());

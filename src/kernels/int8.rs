@@ -137,7 +137,7 @@ impl<V: Vectors, const NORMAL: bool> Products<V, Int8Chunk, 1> for Int8<NORMAL> 
         for m in 0..M {
             let [x] = x[m];
             let bytes = [vectors.load(&x.nibbles[0]), vectors.load(&x.nibbles[1])];
-            let dots = vectors.dot_bytes(codes, bytes, vectors.load(zerocopy::transmute_ref!(&x.lane_starts)));
+            let dots = vectors.dot_bytes(codes, bytes, vectors.load_words(zerocopy::transmute_ref!(&x.lane_starts)));
             let products = vectors.mul(vectors.floats_of_ints(dots), factors);
             sums[m] = vectors.mul_add(products, vectors.load_f32(&x.lane_half_scales), sums[m]);
         }
@@ -204,7 +204,7 @@ impl<V: Vectors> PanelChunk<V> {
         for lane in 0..LANES {
             codes[lane] = vectors.e2m1_bytes(words[lane]);
         }
-        let scales = vectors.load(zerocopy::transmute_ref!(&scales));
+        let scales = vectors.load_words(&scales);
         let mut factors = [vectors.zero(); BLOCKS];
         for (factors, number) in factors.iter_mut().zip(0u32..) {
             *factors = vectors.e8m0(scales, 8 * number);

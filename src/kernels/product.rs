@@ -75,7 +75,7 @@ impl VectorKernel for Product<'_> {
     fn run<V: Vectors>(self, vectors: V) {
         match (self.x, self.matrix.format()) {
             (Packed::F32(x), Format::Mxfp4) => self.multiply::<V, _, Mxfp4<false>, 8>(vectors, x),
-            (Packed::Bf16(x), Format::Mxfp4) => self.multiply::<V, _, Mxfp4<false>, 4>(vectors, x),
+            (Packed::Bf16(x), Format::Mxfp4) if V::HAS_BF16_DOT => self.multiply::<V, _, Mxfp4<false>, 4>(vectors, x),
             (Packed::Int8(x), _) => {
                 let Self { matrix, rows, columns, out, .. } = self;
                 if columns.len() <= FEW {
@@ -85,7 +85,8 @@ impl VectorKernel for Product<'_> {
                 }
             }
             (Packed::F32(x), Format::Bf16) => self.multiply::<V, _, Bf16, 2>(vectors, x),
-            (Packed::Bf16(x), Format::Bf16) => self.multiply::<V, _, Bf16, 1>(vectors, x),
+            (Packed::Bf16(x), Format::Bf16) if V::HAS_BF16_DOT => self.multiply::<V, _, Bf16, 1>(vectors, x),
+            (Packed::Bf16(_), _) => unreachable!("packed for other vectors"),
         }
     }
 }

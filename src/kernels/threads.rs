@@ -20,7 +20,7 @@ pub trait Threads: Sync {
     fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync));
 }
 
-/// New threads for every call: for tests and benches, which have no pool.
+/// New threads for every call, or none but the caller's: for tests and benches, which have no pool, and for parts of a task.
 #[derive(Debug, Clone, Copy)]
 pub struct ScopedThreads(
     /// How many work at once.

@@ -1,5 +1,5 @@
 //! Bytes that Rust owns as NumPy arrays.
-#![allow(unsafe_code)]
+#![expect(unsafe_code, reason = "lends NumPy memory that Rust owns")]
 
 use numpy::ndarray::ArrayView1;
 use numpy::{PyArray1, PyArrayMethods};

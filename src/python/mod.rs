@@ -177,7 +177,7 @@ impl PyCheckpoint {
         memory: &PyMemory,
         callback: Option<Py<PyAny>>,
     ) -> PyResult<(Vec<LoadedTuple<'py>>, u64)> {
-        let on_overflow: OnOverflow = from_json("on_overflow", &format!("{on_overflow:?}"))?;
+        let on_overflow = OnOverflow::parse(on_overflow)?;
         let loaded = run_job(py, callback.as_ref(), |observer| {
             let request = |(names, conversion, regions): RequestTuple| {
                 let regions =
@@ -422,7 +422,7 @@ fn from_json<T: serde::de::DeserializeOwned>(name: &'static str, json: &str) -> 
     serde_json::from_str(json).map_err(|fault| Error::Argument {
         name,
         found: fault.to_string(),
-        expected: "the values that the documentation lists".into(),
+        expected: "JSON of the values that the documentation lists".into(),
     })
 }
 

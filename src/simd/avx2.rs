@@ -9,10 +9,10 @@ use std::arch::x86_64::{
     _mm256_castsi256_ps, _mm256_cmpeq_epi32, _mm256_cmpgt_epi32, _mm256_cvtepi32_ps, _mm256_cvtps_epi32,
     _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_madd_epi16, _mm256_maddubs_epi16, _mm256_maskload_epi32,
     _mm256_max_epi32, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_or_si256, _mm256_permute2x128_si256,
-    _mm256_permutevar8x32_epi32, _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps,
-    _mm256_setzero_ps, _mm256_shuffle_epi8, _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi32,
-    _mm256_srli_epi16, _mm256_sub_epi32, _mm256_unpackhi_epi8, _mm256_unpackhi_epi32, _mm256_unpackhi_epi64,
-    _mm256_unpacklo_epi8, _mm256_unpacklo_epi32, _mm256_unpacklo_epi64,
+    _mm256_set1_epi8, _mm256_set1_epi16, _mm256_set1_epi32, _mm256_set1_ps, _mm256_setzero_ps, _mm256_shuffle_epi8,
+    _mm256_slli_epi16, _mm256_slli_epi32, _mm256_srai_epi32, _mm256_srl_epi32, _mm256_srli_epi16, _mm256_sub_epi32,
+    _mm256_unpackhi_epi8, _mm256_unpackhi_epi32, _mm256_unpackhi_epi64, _mm256_unpacklo_epi8, _mm256_unpacklo_epi32,
+    _mm256_unpacklo_epi64,
 };
 use std::hint::black_box;
 
@@ -20,7 +20,6 @@ use zerocopy::transmute;
 
 use super::plain::{DOUBLED_E2M1, E2M1_BYTES, Plain};
 use super::vectors::Vectors;
-use crate::mxfp4::E2M1;
 
 /// AVX2 and FMA.
 #[derive(Debug, Clone, Copy)]
@@ -37,9 +36,6 @@ impl Avx2 {
         Self { high_halves: transmute!(black_box([-1 << 16; 8])) }
     }
 }
-
-/// The eight magnitudes.
-const MAGNITUDES: [f32; 8] = *E2M1.first_chunk().expect("there are sixteen values");
 
 /// For `vpshufb` within each half of registers that hold four scale bytes over and over: byte 0, 1, 2 or 3 of them as the
 /// lowest of each lane of a half. A negative index gives zero.
@@ -66,6 +62,7 @@ impl Vectors for Avx2 {
     type Floats = [__m256; 2];
     type Words = [__m256i; 2];
     const HAS_MANY_REGISTERS: bool = false;
+    const HAS_BF16_DOT: bool = false;
 
     #[inline(always)]
     fn zero(self) -> [__m256; 2] {
@@ -100,7 +97,12 @@ impl Vectors for Avx2 {
             whole[..bytes.len()].copy_from_slice(bytes);
             return self.load(&whole);
         }
-        [load_words(words), load_words(words.get(8..).unwrap_or_default())]
+        [load_first_words(self, words), load_first_words(self, words.get(8..).unwrap_or_default())]
+    }
+
+    #[inline(always)]
+    fn load_words(self, words: &[u32; 16]) -> [__m256i; 2] {
+        transmute!(*words)
     }
 
     #[inline(always)]
@@ -135,7 +137,7 @@ impl Vectors for Avx2 {
 
     #[inline(always)]
     fn scale(self, a: [__m256; 2], n: [__m256; 2]) -> [__m256; 2] {
-        [scale(a[0], n[0]), scale(a[1], n[1])]
+        [scale(self, a[0], n[0]), scale(self, a[1], n[1])]
     }
 
     #[inline(always)]
@@ -158,7 +160,7 @@ impl Vectors for Avx2 {
 
     #[inline(always)]
     fn within(self, values: [__m256; 2], positions: [__m256i; 2], first: i32, last: i32) -> [__m256; 2] {
-        [within(values[0], positions[0], first, last), within(values[1], positions[1], first, last)]
+        [within(self, values[0], positions[0], first, last), within(self, values[1], positions[1], first, last)]
     }
 
     #[inline(always)]
@@ -167,14 +169,8 @@ impl Vectors for Avx2 {
     }
 
     #[inline(always)]
-    fn e2m1(self, codes: [__m256i; 2], shift: u32) -> [__m256; 2] {
-        // No closures: they would not be compiled for these vectors.
-        [e2m1(codes[0], shift), e2m1(codes[1], shift)]
-    }
-
-    #[inline(always)]
     fn e2m1_pair(self, codes: [__m256i; 2], number: u32) -> [[__m256; 2]; 2] {
-        let values = [e2m1_bf16(codes[0], number), e2m1_bf16(codes[1], number)];
+        let values = [e2m1_bf16(self, codes[0], number), e2m1_bf16(self, codes[1], number)];
         [self.bf16_even(values), self.bf16_odd(values)]
     }
 
@@ -210,7 +206,7 @@ impl Vectors for Avx2 {
             for row in 0..8 {
                 (low[row], high[row]) = (rows[row][half], rows[8 + row][half]);
             }
-            let (low, high) = (transpose(low), transpose(high));
+            let (low, high) = (transpose(self, low), transpose(self, high));
             for column in 0..8 {
                 columns[8 * half + column] = [low[column], high[column]];
             }
@@ -220,7 +216,7 @@ impl Vectors for Avx2 {
 
     #[inline(always)]
     fn e8m0(self, scales: [__m256i; 2], shift: u32) -> [__m256; 2] {
-        [e8m0(scales[0], shift), e8m0(scales[1], shift)]
+        [e8m0(self, scales[0], shift), e8m0(self, scales[1], shift)]
     }
 
     #[inline(always)]
@@ -321,10 +317,10 @@ impl Vectors for Avx2 {
 
 /// The first eight words, and zeros where there are fewer.
 #[inline(always)]
-fn load_words(words: &[[u8; 4]]) -> __m256i {
+fn load_first_words(_: Avx2, words: &[[u8; 4]]) -> __m256i {
     const LANES: [i32; 8] = [0, 1, 2, 3, 4, 5, 6, 7];
     let count = i32::try_from(words.len()).unwrap_or(i32::MAX);
-    // SAFETY: called by methods of the type alone, as above. Only words of the slice are read.
+    // SAFETY: as above. Only words of the slice are read.
     unsafe {
         let is_there = _mm256_cmpgt_epi32(_mm256_set1_epi32(count), transmute!(LANES));
         _mm256_maskload_epi32(words.as_ptr().cast(), is_there)
@@ -332,25 +328,25 @@ fn load_words(words: &[[u8; 4]]) -> __m256i {
 }
 
 #[inline(always)]
-fn scale(a: __m256, n: __m256) -> __m256 {
-    // SAFETY: called by methods of the type alone, as above.
+fn scale(vectors: Avx2, a: __m256, n: __m256) -> __m256 {
+    // SAFETY: as above.
     unsafe {
         let n = _mm256_cvtps_epi32(n);
         // Two factors, for one might not be a float. The first product is exact.
         let half = _mm256_srai_epi32::<1>(n);
-        _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(half)), power_of_two(_mm256_sub_epi32(n, half)))
+        _mm256_mul_ps(_mm256_mul_ps(a, power_of_two(vectors, half)), power_of_two(vectors, _mm256_sub_epi32(n, half)))
     }
 }
 
 /// 2^n for n in −126 ..= 127.
 #[inline(always)]
-fn power_of_two(n: __m256i) -> __m256 {
+fn power_of_two(_: Avx2, n: __m256i) -> __m256 {
     // SAFETY: as above.
     unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127)))) }
 }
 
 #[inline(always)]
-fn within(values: __m256, positions: __m256i, first: i32, last: i32) -> __m256 {
+fn within(_: Avx2, values: __m256, positions: __m256i, first: i32, last: i32) -> __m256 {
     // SAFETY: as above.
     unsafe {
         let is_before = _mm256_cmpgt_epi32(_mm256_set1_epi32(first), positions);
@@ -367,21 +363,9 @@ fn count(shift: u32) -> __m128i {
     unsafe { _mm_cvtsi32_si128(shift.cast_signed()) }
 }
 
-#[inline(always)]
-fn e2m1(codes: __m256i, shift: u32) -> __m256 {
-    // SAFETY: called by methods of the type alone, as above.
-    unsafe {
-        let shifted = _mm256_srl_epi32(codes, count(shift));
-        // `vpermd` looks at three bits of an index; the fourth is the sign.
-        let magnitude = _mm256_permutevar8x32_epi32(transmute!(MAGNITUDES), shifted);
-        let sign = _mm256_and_si256(_mm256_slli_epi32::<28>(shifted), _mm256_set1_epi32(i32::MIN));
-        _mm256_castsi256_ps(_mm256_or_si256(magnitude, sign))
-    }
-}
-
 /// As bfloat16 the values of the codes in bits 4 `number` .. of each 16-bit lane, `number` below 4.
 #[inline(always)]
-fn e2m1_bf16(codes: __m256i, number: u32) -> __m256i {
+fn e2m1_bf16(_: Avx2, codes: __m256i, number: u32) -> __m256i {
     // SAFETY: as above.
     unsafe {
         let nibbles = _mm256_and_si256(_mm256_srl_epi32(codes, count(number % 2 * 4)), _mm256_set1_epi8(0xf));
@@ -431,7 +415,7 @@ fn e2m1_dot<const M: usize>(vectors: Avx2, codes: __m256i, half: usize, values: 
 }
 
 #[inline(always)]
-fn e8m0(scales: __m256i, shift: u32) -> __m256 {
+fn e8m0(_: Avx2, scales: __m256i, shift: u32) -> __m256 {
     // SAFETY: as above.
     unsafe {
         let bytes = _mm256_and_si256(_mm256_srl_epi32(scales, count(shift)), _mm256_set1_epi32(0xff));
@@ -444,7 +428,7 @@ fn e8m0(scales: __m256i, shift: u32) -> __m256 {
 
 /// Lane j of vector i becomes lane i of vector j.
 #[inline(always)]
-fn transpose(rows: [__m256i; 8]) -> [__m256i; 8] {
+fn transpose(_: Avx2, rows: [__m256i; 8]) -> [__m256i; 8] {
     // SAFETY: as above.
     unsafe {
         // Within halves: half h of vector 4 i + c holds column 4 h + c of rows 4 i .. 4 i + 4.

@@ -66,6 +66,7 @@ impl<const DOTS: bool> Vectors for Avx512<DOTS> {
     type Floats = __m512;
     type Words = __m512i;
     const HAS_MANY_REGISTERS: bool = true;
+    const HAS_BF16_DOT: bool = DOTS;
 
     #[inline(always)]
     fn zero(self) -> __m512 {
@@ -90,6 +91,11 @@ impl<const DOTS: bool> Vectors for Avx512<DOTS> {
     #[inline(always)]
     fn load(self, bytes: &[u8; 64]) -> __m512i {
         transmute!(*bytes)
+    }
+
+    #[inline(always)]
+    fn load_words(self, words: &[u32; 16]) -> __m512i {
+        transmute!(*words)
     }
 
     #[inline(always)]
@@ -152,9 +158,14 @@ impl<const DOTS: bool> Vectors for Avx512<DOTS> {
     }
 
     #[inline(always)]
-    fn e2m1(self, codes: __m512i, shift: u32) -> __m512 {
+    fn e2m1_pair(self, codes: __m512i, number: u32) -> [__m512; 2] {
         // `vpermps` looks at four bits of an index.
-        unsafe { _mm512_permutexvar_ps(_mm512_srl_epi32(codes, count(shift)), transmute!(E2M1)) }
+        unsafe {
+            [
+                _mm512_permutexvar_ps(_mm512_srl_epi32(codes, count(4 * number)), transmute!(E2M1)),
+                _mm512_permutexvar_ps(_mm512_srl_epi32(codes, count(4 * number + 16)), transmute!(E2M1)),
+            ]
+        }
     }
 
     #[inline(always)]

@@ -30,6 +30,7 @@ impl Vectors for Neon {
     type Floats = [float32x4_t; 4];
     type Words = [uint32x4_t; 4];
     const HAS_MANY_REGISTERS: bool = false;
+    const HAS_BF16_DOT: bool = false;
 
     #[inline(always)]
     fn zero(self) -> [float32x4_t; 4] {
@@ -59,6 +60,11 @@ impl Vectors for Neon {
     #[inline(always)]
     fn load(self, bytes: &[u8; 64]) -> [uint32x4_t; 4] {
         transmute!(*bytes)
+    }
+
+    #[inline(always)]
+    fn load_words(self, words: &[u32; 16]) -> [uint32x4_t; 4] {
+        transmute!(*words)
     }
 
     #[inline(always)]
@@ -141,12 +147,6 @@ impl Vectors for Neon {
     #[inline(always)]
     fn floats(self, words: [uint32x4_t; 4]) -> [float32x4_t; 4] {
         transmute!(words)
-    }
-
-    #[inline(always)]
-    fn e2m1(self, codes: [uint32x4_t; 4], shift: u32) -> [float32x4_t; 4] {
-        let [low, high] = self.e2m1_pair(codes, shift / 4 % 4);
-        if shift < 16 { low } else { high }
     }
 
     #[inline(always)]

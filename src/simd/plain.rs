@@ -43,6 +43,7 @@ impl Vectors for Plain {
     type Floats = [f32; 16];
     type Words = [u32; 16];
     const HAS_MANY_REGISTERS: bool = false;
+    const HAS_BF16_DOT: bool = false;
 
     #[inline(always)]
     fn zero(self) -> [f32; 16] {
@@ -71,6 +72,11 @@ impl Vectors for Plain {
             *word = u32::from_le_bytes(*bytes);
         }
         words
+    }
+
+    #[inline(always)]
+    fn load_words(self, words: &[u32; 16]) -> [u32; 16] {
+        *words
     }
 
     #[inline(always)]
@@ -152,8 +158,8 @@ impl Vectors for Plain {
     }
 
     #[inline(always)]
-    fn e2m1(self, codes: [u32; 16], shift: u32) -> [f32; 16] {
-        codes.map(|word| E2M1[(word >> shift & 0xf) as usize])
+    fn e2m1_pair(self, codes: [u32; 16], number: u32) -> [[f32; 16]; 2] {
+        [0, 16].map(|half| codes.map(|word| E2M1[(word >> (half + 4 * number) & 0xf) as usize]))
     }
 
     #[inline(always)]

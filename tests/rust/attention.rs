@@ -261,7 +261,7 @@ fn positions_may_be_any_that_int32_holds() {
             *position = if *position < 0 { i32::MIN } else { i32::MAX - 69 + *position };
         }
     }
-    for window in [None, Some(3), Some(u32::MAX)] {
+    for window in [None, Some(0), Some(3), Some(u32::MAX)] {
         case.window = window;
         case.assert_right(&format!("window {window:?}"));
     }

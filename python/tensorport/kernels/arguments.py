@@ -36,7 +36,7 @@ def mxfp4_array(name: str, value: Any, ndim: int) -> MXFP4Array:
     if not isinstance(value, MXFP4Array):
         raise TypeError(f"{name}: found {type(value).__name__}, expected an MXFP4Array")
     if value.ndim != ndim:
-        raise ValueError(f"{name}: found shape {value.shape}, expected {ndim} axes")
+        raise ValueError(f"{name}: found shape {value.shape}, expected {_axes(ndim)}")
     return value
 
 
@@ -55,6 +55,10 @@ def _array(name: str, value: ArrayLike) -> jnp.ndarray:
 
 def _with_ndim(name: str, array: jnp.ndarray, ndim: int | None) -> jnp.ndarray:
     if array.ndim != ndim if ndim is not None else array.ndim < 1:
-        expected = "at least one axis" if ndim is None else f"{ndim} axes"
+        expected = "at least 1 axis" if ndim is None else _axes(ndim)
         raise ValueError(f"{name}: found shape {array.shape}, expected {expected}")
     return array
+
+
+def _axes(ndim: int) -> str:
+    return "1 axis" if ndim == 1 else f"{ndim} axes"

@@ -92,9 +92,16 @@ impl Case {
     fn call<H: Handler>(&mut self) -> Result<(), (i32, String)> {
         let buffers = |arrays: &mut [Array]| arrays.iter_mut().map(Array::buffer).collect();
         let mut call = FakeCall::new(buffers(&mut self.args), buffers(&mut self.results));
+        if let (true, [first, ..], [result, ..]) = (H::IS_IN_PLACE, &*call.args, &mut *call.results) {
+            result.data = first.data;
+        }
         call.attributes =
             self.attributes.iter().map(|&(name, dtype, value)| (name, abi::ATTRIBUTE_SCALAR, dtype, value)).collect();
-        call.call(entry::<H>)
+        let outcome = call.call(entry::<H>);
+        if let (true, [first, ..], [result, ..]) = (H::IS_IN_PLACE, &*self.args, &mut *self.results) {
+            result.memory.clone_from(&first.memory);
+        }
+        outcome
     }
 
     /// What the one result is.
@@ -149,6 +156,23 @@ fn dense_moe_case(sizes @ [_, _, e, width, h]: [i64; 5]) -> Case {
     mixture_case([[Array::new(BF16, &[e, width, h])], [Array::new(BF16, &[e, h, width / 2])]], sizes)
 }
 
+/// Sizes [B, T, S, N, G, D]; all queries see all keys, whose scores are 0 as the sinks are, and the values are 3.
+fn attention_case([batch, queries, keys, heads, key_heads, head_dim]: [i64; 6]) -> Case {
+    let query = Array::of_f32(&[batch, queries, heads, head_dim], 1.0);
+    let [key, value] = [2.0, 3.0].map(|value| Array::of_f32(&[batch, keys, key_heads, head_dim], value));
+    let [of_query, of_key] = [queries, keys].map(|size| Array::new(S32, &[batch, size]));
+    let sinks = Array::new(F32, &[heads]);
+    let case = Case::new([query, key, value, of_query, of_key, sinks], &[batch, queries, heads, head_dim]);
+    case.attribute("scale", F32, 0.0_f32.to_bits().into()).attribute("sliding_window", S64, 0)
+}
+
+/// Sizes [B, S, T, G, D]: T rows of 2 go to slot 0 of a cache of ones.
+fn slots_case([batch, slots, tokens, heads, head_dim]: [i64; 5]) -> Case {
+    let cache = Array::of_f32(&[batch, slots, heads, head_dim], 1.0);
+    let rows = Array::of_f32(&[batch, tokens, heads, head_dim], 2.0);
+    Case::new([cache, rows, Array::new(S32, &[batch, tokens])], &[batch, slots, heads, head_dim])
+}
+
 /// Calls that are right but for one array each: one axis larger or gone, one axis too many, another dtype, none.
 fn with_one_fault(case: &Case) -> Vec<(String, Case)> {
     let mut cases = Vec::new();
@@ -184,20 +208,22 @@ fn assert_faults_are_refused<H: Handler>(mut case: Case) {
     assert!(case.results[0].floats().iter().all(|&value| value != JUNK), "not written");
     // Miri is slow.
     for (what, mut faulty) in with_one_fault(&case).into_iter().step_by(if cfg!(miri) { 11 } else { 1 }) {
-        if H::NAME == Linear::NAME && what == "lack of argument 2" {
-            assert_eq!(faulty.call::<H>(), Ok(()), "the bias may be missing");
+        let may_lack = [(Linear::NAME, "lack of argument 2"), (GroupedAttention::NAME, "lack of argument 5")];
+        if may_lack.contains(&(H::NAME, &what)) {
+            assert_eq!(faulty.call::<H>(), Ok(()), "{what}");
             continue;
         }
         let (code, text) = faulty.call::<H>().expect_err(&what);
         assert_eq!(code, 3, "{what}: {text}");
         assert!(text.starts_with(H::NAME) && text.contains(": found ") && text.contains(", expected "), "{text}");
     }
-    for name in case.attributes.iter().map(|attribute| attribute.0).collect::<Vec<_>>() {
+    for (name, dtype, _) in case.attributes.clone() {
+        let expected = DType::from(dtype);
         let other = case.clone().attribute(name, S32, 0).fault::<H>();
-        assert_eq!(other, format!("attribute {name}: found int32, expected float32"));
+        assert_eq!(other, format!("attribute {name}: found int32, expected {expected}"));
         let mut without = case.clone();
         without.attributes.retain(|attribute| attribute.0 != name);
-        assert_eq!(without.fault::<H>(), format!("attribute {name}: found none, expected float32"));
+        assert_eq!(without.fault::<H>(), format!("attribute {name}: found none, expected {expected}"));
     }
 }
 
@@ -209,6 +235,8 @@ fn whatever_is_wrong_with_one_array_is_refused() {
     assert_faults_are_refused::<Mxfp4ExpertMatmul<false>>(expert_case(2, 4, 5, 96));
     assert_faults_are_refused::<DenseMoe>(dense_moe_case([2, 3, 4, 10, 7]));
     assert_faults_are_refused::<Mxfp4Moe<false>>(mxfp4_moe_case([2, if cfg!(miri) { 1 } else { 3 }, 4, 64, 96]));
+    assert_faults_are_refused::<GroupedAttention>(attention_case([2, 3, 5, 8, 4, 7]));
+    assert_faults_are_refused::<WriteSlots>(slots_case([2, 5, 3, 4, 7]));
 }
 
 #[test]
@@ -267,6 +295,67 @@ fn faults_of_mixtures_are_told() {
     for limit in [f32::NAN, -1.0] {
         let text = format!("limit: found {limit}, expected at least 0");
         assert_eq!(fault(case().attribute("limit", F32, limit.to_bits().into())), text);
+    }
+}
+
+#[test]
+fn faults_of_attention_and_its_cache_are_told() {
+    let case = || attention_case([2, 3, 5, 8, 4, 7]);
+    let fault = Case::fault::<GroupedAttention>;
+    assert_eq!(fault(case().arg(2, F32, &[2, 5, 4, 6])), "value: found [2, 5, 4, 6], expected [2, 5, 4, 7]");
+    assert_eq!(fault(case().arg(3, S32, &[2, 5])), "query positions: found [2, 5], expected [2, 3]");
+    assert_eq!(fault(case().arg(4, S32, &[3, 5])), "key positions: found [3, 5], expected [2, 5]");
+    assert_eq!(fault(case().arg(5, F32, &[4])), "sinks: found [4], expected [8]");
+    assert_eq!(fault(case().arg(5, F32, &[8, 1])), "argument 5: found dims [8, 1], expected 1 axis");
+    assert_eq!(fault(attention_case([2, 3, 5, 9, 4, 7])), "heads of queries: found 9, expected a multiple of 4");
+    assert_eq!(fault(attention_case([2, 3, 5, 8, 0, 7])), "heads of keys: found 0, expected at least 1");
+    assert_eq!(fault(attention_case([2, 3, 5, 8, 4, 0])), "size of a head: found 0, expected at least 1");
+    let count = |args: usize| {
+        let mut case = case();
+        case.args.resize(args, Array::new(F32, &[8]));
+        fault(case)
+    };
+    assert_eq!(count(4), "number of arguments: found 4, expected 5 or 6");
+    assert_eq!(count(7), "number of arguments: found 7, expected 5 or 6");
+    let case = || slots_case([2, 5, 3, 4, 7]);
+    let fault = Case::fault::<WriteSlots>;
+    assert_eq!(fault(case().arg(1, BF16, &[2, 3, 4, 7])), "rows: found bfloat16, expected float32");
+    assert_eq!(fault(case().arg(1, F32, &[2, 3, 4, 8])), "rows: found [2, 3, 4, 8], expected [2, 3, 4, 7]");
+    assert_eq!(fault(case().arg(2, S32, &[3, 2])), "slots: found [3, 2], expected [2, 3]");
+    let elsewhere = "result 0: found memory of its own, expected that of argument 0";
+    assert_eq!(fault(case().result(F32, &[2, 5, 7, 4])), elsewhere);
+}
+
+#[test]
+fn attention_and_its_cache_may_have_any_sizes() {
+    const SIZES: [i64; 3] = [0, 1, 3];
+    // Miri is slow.
+    for number in (0..3_usize.pow(6)).step_by(if cfg!(miri) { 101 } else { 1 }) {
+        let sizes = [1, 3, 9, 27, 81, 243].map(|place| SIZES[number / place % 3]);
+        let [batch, queries, keys, heads, key_heads, head_dim] = sizes;
+        let mut case = attention_case(sizes);
+        match case.call::<GroupedAttention>() {
+            Ok(()) => {
+                // The sink takes as much as a key.
+                let expected = [0.0, 1.5, f32::NAN, 2.25][usize::try_from(keys).unwrap()];
+                assert!(case.results[0].floats().into_iter().all(|value| value == expected), "{sizes:?}");
+            }
+            Err((code, text)) => {
+                assert!(head_dim == 0 || key_heads == 0 || heads % key_heads != 0, "{sizes:?}: {text}");
+                assert_eq!(code, 3, "{sizes:?}: {text}");
+            }
+        }
+        let cache = slots_case([batch, keys, queries, heads, head_dim]).values::<WriteSlots>();
+        let (row, slot) =
+            (usize::try_from(keys * heads * head_dim).unwrap(), usize::try_from(heads * head_dim).unwrap());
+        for (place, value) in cache.into_iter().enumerate() {
+            let is_written = queries > 0 && place % row < slot;
+            assert_eq!(value, if is_written { 2.0 } else { 1.0 }, "{sizes:?}, {place}");
+        }
+    }
+    for window in [1, 2, i64::from(i32::MAX), i64::MAX, -1, i64::MIN] {
+        let case = attention_case([2, 3, 5, 8, 4, 7]).attribute("sliding_window", S64, window.cast_unsigned());
+        assert_eq!(case.values::<GroupedAttention>(), [2.5; 2 * 3 * 8 * 7]);
     }
 }
 

@@ -73,7 +73,8 @@ impl Attention<'_> {
             return Span::NOTHING;
         }
         let first = self.window.map_or(0, |window| (i64::from(position) + 1 - i64::from(window)).max(0));
-        Span { first: i32::try_from(first).expect("at most a position more than the query's"), last: position }
+        // Behind the last position there is none to see.
+        i32::try_from(first).map_or(Span::NOTHING, |first| Span { first, last: position })
     }
 
     fn check(&self, out: &FloatsMut<'_>) {

@@ -224,7 +224,7 @@ fn split_rows(values: &[f32]) -> [&[f32]; ROWS] {
 #[inline(always)]
 fn hide<V: Vectors>(vectors: V, scores: &mut [F32Line; VECTORS], seen: Span, block: &Block) {
     for (score, positions) in zip(scores, &block.positions) {
-        let positions = vectors.load(zerocopy::transmute_ref!(positions));
+        let positions = vectors.load_words(zerocopy::transmute_ref!(positions));
         score.0 = vectors.store_f32(vectors.within(vectors.load_f32(&score.0), positions, seen.first, seen.last));
     }
 }
@@ -339,6 +339,8 @@ impl VectorKernel for Write<'_, '_> {
     fn run<V: Vectors>(self, vectors: V) {
         let State { head_dim, rows, padded_rows, width, per_lane, .. } = self.parts[0];
         let (mut mixed, mut ordered) = (vec![0.0; 16 * width], vec![0.0; 16 * width]);
+        // As `tiles` has made it, `out` holds for each group its tokens, and for each of these its heads: the order of rows
+        // in a state, but for those that pad a group.
         let mut row = 0;
         for out in self.out {
             for mut out in out.reborrow().chunks(head_dim) {

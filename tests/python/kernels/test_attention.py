@@ -501,7 +501,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "key heads": (wrong(2, zeros(B, S, 4, D)), ValueError, "G, .*: found 3 in key, 4 in value"),
     "head": (wrong(1, zeros(B, S, G, 16)), ValueError, "D, .*: found 8 in query, 16 in key, 8 in value"),
     "sinks": (wrong(5, zeros(G)), ValueError, "N, .*: found 12 in query, 3 in sinks"),
-    "axes of sinks": (wrong(5, zeros(N, 1)), ValueError, r"sinks: found shape \(12, 1\), expected 1 axes"),
+    "axes of sinks": (wrong(5, zeros(N, 1)), ValueError, r"sinks: found shape \(12, 1\), expected 1 axis"),
     "groups": (wrong(0, zeros(B, T, 13, D)), ValueError, "13 in query, 12 in sinks"),
     "float positions": (wrong(3, zeros(B, T)), TypeError, "query_positions: found an array of float32, expected int"),
     "window": (wrong(5, None, sliding_window=0), ValueError, "sliding_window: found 0, expected at least 1, or None"),

@@ -181,7 +181,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "transposed": (wrong(1, jnp.zeros((K, N))), ValueError, "K, the contracted axis: found 96 in x, 40 in weight"),
     "stack": (wrong(1, jnp.zeros((2, N, K))), ValueError, r"weight: found shape \(2, 40, 96\), expected 2 axes"),
     "bias": (wrong(2, jnp.zeros(K)), ValueError, "N, the width of the result: found 40 in weight, 96 in bias"),
-    "axes of bias": (wrong(2, jnp.zeros((1, N))), ValueError, r"bias: found shape \(1, 40\), expected 1 axes"),
+    "axes of bias": (wrong(2, jnp.zeros((1, N))), ValueError, r"bias: found shape \(1, 40\), expected 1 axis"),
     "out_dtype": (wrong(2, None, out_dtype=jnp.int8), TypeError, "out_dtype: found int8, expected one of bfloat16"),
     "implementation": (wrong(2, None, implementation="cuda"), ValueError, "implementation: found 'cuda', expected"),
 }
