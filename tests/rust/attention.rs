@@ -252,6 +252,23 @@ fn a_query_sees_so_many_keys() {
     }
 }
 
+/// With one sum over all of these keys it would be 7e-6.
+#[test]
+fn many_keys_add_few_errors() {
+    let random = &mut Random(9);
+    let mut case = Case::new(random, [1, 60_000], [3, 1, 5], [false, true, false]);
+    case.value = case.value.with(|values| values.iter_mut().for_each(|value| *value += 2.5));
+    (case.scale, case.query_positions) = (0.01, vec![i32::MAX; 2]);
+    for level in Level::all() {
+        // Each row of the batch as a whole.
+        let found = case.run(level, 1);
+        let expected = (0..6).flat_map(|place| case.expected(place / 3, 0, place % 3).0);
+        let errors = std::iter::zip(found, expected).map(|(found, expected)| (f64::from(found) / expected - 1.0).abs());
+        let worst = errors.fold(0.0, f64::max);
+        assert!(worst < 3e-6, "{level}: {worst}");
+    }
+}
+
 #[test]
 fn positions_may_be_any_that_int32_holds() {
     let random = &mut Random(4);

@@ -21,14 +21,17 @@ def float_array(name: str, value: ArrayLike, ndim: int | None = None) -> jnp.nda
 
 
 def integer_array(name: str, value: ArrayLike, ndim: int) -> jnp.ndarray:
-    """An array of integers; NumPy's in int32, those beyond it as its ends."""
+    """An array of integers, in int32: what it cannot hold as its ends, and not as some other number."""
+    ends = np.iinfo(np.int32)
+    # JAX may take 32 bits of NumPy's 64.
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-        # What 32 bits cannot hold must not come out as some other number.
-        value = value.clip(-(2**31), 2**31 - 1).astype(np.int32)
+        value = value.clip(ends.min, ends.max).astype(np.int32)
     array = _array(name, value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name}: found an array of {array.dtype}, expected integers")
-    return _with_ndim(name, array, ndim)
+    if array.dtype.name in ("uint32", "int64", "uint64"):
+        array = array.clip(0 if array.dtype.kind == "u" else ends.min, ends.max)
+    return _with_ndim(name, array.astype(np.int32), ndim)
 
 
 def mxfp4_array(name: str, value: Any, ndim: int) -> MXFP4Array:
@@ -55,7 +58,7 @@ def _array(name: str, value: ArrayLike) -> jnp.ndarray:
 
 def _with_ndim(name: str, array: jnp.ndarray, ndim: int | None) -> jnp.ndarray:
     if array.ndim != ndim if ndim is not None else array.ndim < 1:
-        expected = "at least 1 axis" if ndim is None else _axes(ndim)
+        expected = "at least one axis" if ndim is None else _axes(ndim)
         raise ValueError(f"{name}: found shape {array.shape}, expected {expected}")
     return array
 

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int32, Integer
+from jaxtyping import Array, Bool, Int32
 
 __all__ = ["Chunks", "Size", "chunk_by_expert", "rows_of_chunk"]
 
@@ -51,11 +51,11 @@ def rows_of_chunk(rows: Size, num_experts: int) -> int:
     return min(_MOST_ROWS, 1 << (-(-2 * rows // num_experts) - 1).bit_length())
 
 
-def chunk_by_expert(expert_ids: Integer[Array, " rows"], num_experts: int, block_m: int) -> Chunks:
+def chunk_by_expert(expert_ids: Int32[Array, " rows"], num_experts: int, block_m: int) -> Chunks:
     """Groups rows by expert and divides each group into chunks. Takes at least one expert."""
     (rows,) = expert_ids.shape
     is_valid = (expert_ids >= 0) & (expert_ids < num_experts)
-    ids = jnp.where(is_valid, expert_ids, num_experts).astype(jnp.int32)
+    ids = jnp.where(is_valid, expert_ids, num_experts)
     order = jnp.argsort(ids, stable=True).astype(jnp.int32)
     sizes = jnp.zeros(num_experts + 1, jnp.int32).at[ids].add(1)
     first_row = jnp.cumsum(sizes, dtype=jnp.int32) - sizes

@@ -18,7 +18,7 @@ from tensorport import _core
 from tensorport.kernels.registry import Device
 from tensorport.kernels.varying import vary_alike
 
-__all__ = ["FLOATS", "ROUNDS_TO_INT8", "as_float", "as_ids", "call", "refuses", "unavailable", "update"]
+__all__ = ["FLOATS", "ROUNDS_TO_INT8", "as_float", "call", "refuses", "unavailable", "update"]
 
 FLOATS: Final = ("bfloat16", "float32")
 """Dtypes of activations that native kernels take."""
@@ -66,16 +66,6 @@ def refuses(device: Device, x: Any, *others: Any) -> str | None:
 def as_float(array: jax.Array) -> jax.Array:
     """In a dtype that native kernels take: as it is, or as float32."""
     return array if array.dtype.name in FLOATS else array.astype(np.float32)
-
-
-def as_ids(ids: jax.Array, count: int, *others: int) -> jax.Array:
-    """Ids in int32; those that are neither below `count` nor among `others`, which 32 bits may not hold, as -1."""
-    if ids.dtype == np.int32:
-        return ids
-    kept = (ids >= 0) & (ids < count)
-    for other in others:
-        kept |= ids == other
-    return jax.numpy.where(kept, ids, -1).astype(np.int32)
 
 
 def _register() -> str | None:

@@ -302,7 +302,7 @@ class MXFP4Attention(nnx.Module):
         if cache is not None and cache.lengths.shape[0] != rows:
             raise ValueError(f"cache: found {cache.lengths.shape[0]} rows, expected {rows}, those of x")
         if positions is not None:
-            positions = integer_array("positions", positions, x.ndim - 1).astype(jnp.int32)
+            positions = integer_array("positions", positions, x.ndim - 1)
             if positions.shape != x.shape[:-1]:
                 raise ValueError(f"positions: found shape {positions.shape}, expected {x.shape[:-1]}, that of tokens")
 

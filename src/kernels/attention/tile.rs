@@ -291,12 +291,8 @@ fn multiply_columns<V: Vectors, const N: usize>(
     let (length, columns) = (rows[0].len(), out.len() / ROWS);
     // Told once that all are as long, the compiler checks no index in the loop.
     let rows = rows.map(|row| &row[..length]);
+    // From zero: with one sum from the first key to the last errors would grow with all keys, not with blocks of them.
     let mut sums = [[vectors.zero(); N]; ROWS];
-    for row in 0..ROWS {
-        for n in 0..N {
-            sums[row][n] = vectors.mul(vectors.load_f32(&out[row * columns + first + n].0), factors[row]);
-        }
-    }
     for (place, line) in matrix.chunks_exact(columns).enumerate().take(length) {
         let line: &[F32Line; N] = line[first..].first_chunk().expect("there are so many columns");
         if let Some(ahead) = ahead {
@@ -317,7 +313,8 @@ fn multiply_columns<V: Vectors, const N: usize>(
     }
     for row in 0..ROWS {
         for n in 0..N {
-            out[row * columns + first + n].0 = vectors.store_f32(sums[row][n]);
+            let out = &mut out[row * columns + first + n].0;
+            *out = vectors.store_f32(vectors.mul_add(vectors.load_f32(out), factors[row], sums[row][n]));
         }
     }
 }

@@ -570,7 +570,17 @@ class TestNative:
         query, key, value, _, _, sinks = inputs(1, 1)
         positions = jnp.asarray([[2**31 - 1], [3]], jnp.int32), jnp.asarray([[0], [0]], jnp.int32)
         args = (query, key, value, *positions, sinks)
-        assert_fits(attention(*args, sliding_window=sliding_window, implementation="native"), args, sliding_window)
+        for implementation in ("native", "xla"):
+            found = attention(*args, sliding_window=sliding_window, implementation=implementation)
+            assert_fits(found, args, sliding_window)
+        jax.grad(lambda query: attention(query, *args[1:], sliding_window=sliding_window).sum())(query)
+
+    def test_positions_that_32_bits_do_not_hold_are_the_last(self) -> None:
+        query, key, value, _, _, sinks = inputs(1, 1)
+        positions = jnp.asarray([[2**31], [2**32 - 1]], jnp.uint32), jnp.asarray([[0], [0]], jnp.int8)
+        last = jnp.full((2, 1), 2**31 - 1, jnp.int32), positions[1].astype(jnp.int32)
+        found = attention(query, key, value, *positions, sinks)
+        assert_fits(found, (query, key, value, *last, sinks))
 
     def test_in_loops_and_in_branches(self) -> None:
         args = inputs()

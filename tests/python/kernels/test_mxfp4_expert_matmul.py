@@ -97,6 +97,14 @@ def test_shard_map_over_tokens() -> None:
         np.testing.assert_allclose(np.asarray(found), np.asarray(wanted), rtol=1e-4, atol=1e-2)
 
 
+@pytest.mark.parametrize(("kind", "count"), [("int8", 128), ("uint8", 256), ("int16", 2**15), ("int4", 9)])
+@pytest.mark.parametrize("implementation", ["native", "xla"])
+def test_ids_may_be_of_a_dtype_that_the_number_of_experts_is_not_of(kind: str, count: int, implementation: Any) -> None:
+    w, x, ids = random_weights(count, 3, 32), random_array(4, 32), [0, 5, 2, 5]
+    found = mxfp4.expert_matmul(x, w, jnp.asarray(ids, kind), implementation=implementation)
+    assert_close(found, *expected_rows(x, w, ids), 32)
+
+
 def test_ids_beyond_32_bits_are_no_experts_either() -> None:
     ids = np.array([2**40 + 1, 2**32, -(2**32), 2], np.int64)
     for kind in (np.int64, np.uint64):

@@ -50,6 +50,12 @@ def test_limit_and_alpha(limit: float, alpha: float) -> None:
         np.testing.assert_allclose(float64(found), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("limit", [-1.0, np.nan])
+def test_a_limit_that_leaves_nothing_is_refused(limit: float) -> None:
+    with pytest.raises(ValueError, match=r"limit: found (-1\.0|nan), expected at least 0"):
+        mxfp4.moe(*inputs(2), limit=limit)
+
+
 def test_a_token_may_choose_an_expert_twice_and_all_tokens_one() -> None:
     args = list(inputs(9))
     args[1] = jnp.asarray([[2, 2, 5]] * 9)

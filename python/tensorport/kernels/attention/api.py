@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int32
 
 from tensorport.kernels import triton
 from tensorport.kernels.arguments import float_array, integer_array, same_size
@@ -28,8 +27,8 @@ def _arguments(  # noqa: PLR0917 - the order of the op
     query, key, value = (
         float_array(name, array, 4) for name, array in (("query", query), ("key", key), ("value", value))
     )
-    query_positions = integer_array("query_positions", query_positions, 2).astype(jnp.int32)
-    key_positions = integer_array("key_positions", key_positions, 2).astype(jnp.int32)
+    query_positions = integer_array("query_positions", query_positions, 2)
+    key_positions = integer_array("key_positions", key_positions, 2)
     sinks = None if sinks is None else float_array("sinks", sinks, 1)
     _check_sizes(query, key, value, query_positions, key_positions, sinks)
     return query, key, value, query_positions, key_positions, sinks
@@ -62,8 +61,8 @@ def attention(  # noqa: PLR0917 - arrays in the order in which every attention t
     query: Float[ArrayLike, "b t n d"],
     key: Float[ArrayLike, "b s g d"],
     value: Float[ArrayLike, "b s g d"],
-    query_positions: Integer[ArrayLike, "b t"],
-    key_positions: Integer[ArrayLike, "b s"],
+    query_positions: Int32[ArrayLike, "b t"],
+    key_positions: Int32[ArrayLike, "b s"],
     sinks: Float[ArrayLike, " n"] | None = None,
     *,
     sliding_window: int | None = None,
@@ -106,6 +105,8 @@ def attention(  # noqa: PLR0917 - arrays in the order in which every attention t
     inputs = _arguments(query, key, value, query_positions, key_positions, sinks)
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window: found {sliding_window}, expected at least 1, or None")
+    if sliding_window is not None and sliding_window >= 2**31:
+        sliding_window = None  # So many positions there are.
     settings = Settings(float(scale if scale is not None else inputs[0].shape[3] ** -0.5), sliding_window)
     return OP.choose(implementation, *inputs).run(*inputs, settings)
 

@@ -48,10 +48,8 @@ def _attention(  # noqa: PLR0917 - as above
 ) -> Array:
     result = jax.ShapeDtypeStruct(query.shape, query.dtype)
     args = [query, key, value, query_positions, key_positions] + ([] if sinks is None else [native.as_float(sinks)])
-    # No window is as wide as int32 goes: positions are.
-    window = min(settings.sliding_window or 0, 2**31)
-    scale = np.float32(settings.scale)
-    out: Array = native.call("tensorport.v1.attention", result, *args, scale=scale, sliding_window=np.int64(window))
+    scale, window = np.float32(settings.scale), np.int64(settings.sliding_window or 0)
+    out: Array = native.call("tensorport.v1.attention", result, *args, scale=scale, sliding_window=window)
     return out
 
 

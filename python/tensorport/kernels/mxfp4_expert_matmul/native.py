@@ -1,7 +1,7 @@
 """expert_matmul in Rust, on CPU."""
 
 import jax
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int32
 
 from tensorport.kernels import native
 from tensorport.kernels.registry import Device
@@ -15,18 +15,17 @@ def refuses(device: Device, x: Array, w: MXFP4Array, expert_ids: Array) -> str |
     return native.refuses(device, x, w, expert_ids)
 
 
-def expert_matmul(x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"]) -> Float[Array, "t n"]:
+def expert_matmul(x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Int32[Array, " t"]) -> Float[Array, "t n"]:
     """X [T, K] . w[expert_ids] [T, N, K] -> [T, N]."""
     return _call("tensorport.v1.mxfp4_expert_matmul", x, w, expert_ids)
 
 
-def expert_matmul_int8(x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"]) -> Float[Array, "t n"]:
+def expert_matmul_int8(x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Int32[Array, " t"]) -> Float[Array, "t n"]:
     """As `expert_matmul`, with x rounded to int8."""
     return _call("tensorport.v1.mxfp4_expert_matmul_int8", x, w, expert_ids)
 
 
-def _call(target: str, x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"]) -> Float[Array, "t n"]:
+def _call(target: str, x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Int32[Array, " t"]) -> Float[Array, "t n"]:
     result = jax.ShapeDtypeStruct((x.shape[0], w.shape[1]), x.dtype)
-    ids = native.as_ids(expert_ids, w.shape[0])
-    rows: Array = native.call(target, result, x, w.blocks, w.scales, ids)
+    rows: Array = native.call(target, result, x, w.blocks, w.scales, expert_ids)
     return rows

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
-from jaxtyping import Array, Float, Int32, Integer
+from jaxtyping import Array, Float, Int32
 
 from tensorport.kernels.grouping import Chunks, chunk_by_expert
 from tensorport.kernels.mxfp4_expert_matmul.configs import FEW_TOKENS, choose_triton
@@ -34,7 +34,7 @@ __all__ = ["expert_matmul", "expert_of", "grouped", "ids_of_experts"]
 
 
 def expert_matmul(
-    x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"], *, interpret: bool = False
+    x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Int32[Array, " t"], *, interpret: bool = False
 ) -> Float[Array, "t n"]:
     """X [T, K] . w[expert_ids] [T, N, K] -> [T, N]. `interpret` runs it on any device, slowly: for tests."""
     (tokens, k), (experts, n, _) = x.shape, w.shape
@@ -53,9 +53,9 @@ def expert_matmul(
     return out
 
 
-def ids_of_experts(expert_ids: Integer[Array, "*batch"], experts: int) -> Int32[Array, "*batch"]:
-    """Ids in int32; -1 for those that no expert has."""
-    return jnp.where((expert_ids >= 0) & (expert_ids < experts), expert_ids, -1).astype(jnp.int32)
+def ids_of_experts(expert_ids: Int32[Array, "*batch"], experts: int) -> Int32[Array, "*batch"]:
+    """Ids, -1 for those that no expert has."""
+    return jnp.where((expert_ids >= 0) & (expert_ids < experts), expert_ids, -1)
 
 
 def expert_of(ids: Any, number: Any) -> tuple[Array, Array]:

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int32
 
 from tensorport.kernels.tiles import accumulator_dtype
 from tensorport.mxfp4.codec import decode
@@ -11,7 +11,7 @@ from tensorport.mxfp4.types import MXFP4Array
 __all__ = ["expert_matmul"]
 
 
-def expert_matmul(x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"]) -> Float[Array, "t n"]:
+def expert_matmul(x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Int32[Array, " t"]) -> Float[Array, "t n"]:
     """X [T, K] . w[expert_ids] [T, N, K] -> [T, N]: a decoded matrix for every token."""
     dtype = accumulator_dtype(x.dtype)
     chosen = w[expert_ids]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32, Integer
+from jaxtyping import Array, Float, Int32
 
 from tensorport.kernels.grouping import chunk_by_expert
 from tensorport.kernels.mxfp4_expert_matmul.configs import Config
@@ -16,13 +16,13 @@ from tensorport.mxfp4.types import MXFP4Array
 __all__ = ["expert_matmul", "expert_matmul_transposed"]
 
 
-def expert_matmul(x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Integer[Array, " t"]) -> Float[Array, "t n"]:
+def expert_matmul(x: Float[Array, "t k"], w: MXFP4Array, expert_ids: Int32[Array, " t"]) -> Float[Array, "t n"]:
     """X [T, K] . w[expert_ids] [T, N, K] -> [T, N]."""
     return _by_expert(product, x, w, expert_ids, w.shape[1])
 
 
 def expert_matmul_transposed(
-    g: Float[Array, "t n"], w: MXFP4Array, expert_ids: Integer[Array, " t"]
+    g: Float[Array, "t n"], w: MXFP4Array, expert_ids: Int32[Array, " t"]
 ) -> Float[Array, "t k"]:
     """G [T, N] . w[expert_ids] [T, N, K] -> [T, K]: the gradient of expert_matmul with respect to x."""
     return _by_expert(transposed_product, g, w, expert_ids, w.shape[2])

@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 from jax.typing import ArrayLike
-from jaxtyping import Array, BFloat16, Float, Integer
+from jaxtyping import Array, BFloat16, Float, Int32
 
 from tensorport.kernels import native as native_kernels
 from tensorport.kernels import triton
@@ -63,7 +63,7 @@ OP = Op(
 
 def moe(  # noqa: PLR0917 - the order of the contract
     x: Float[ArrayLike, "t h"],
-    router_indices: Integer[ArrayLike, "t k"],
+    router_indices: Int32[ArrayLike, "t k"],
     router_weights: Float[ArrayLike, "t k"],
     gate_up: BFloat16[MXFP4Array, "e i2 h"],
     gate_up_bias: Float[ArrayLike, "e i2"],
@@ -94,7 +94,7 @@ def moe(  # noqa: PLR0917 - the order of the contract
         gate_up_bias: [E, 2 I].
         down: codes and scales of [E, H, I].
         down_bias: [E, H].
-        limit: where gate and up are clamped.
+        limit: where gate and up are clamped; at least 0.
         alpha: steepness of the sigmoid.
         implementation: see :func:`tensorport.kernels.explain`. `native_int8` alone rounds `x`, and what is between the
             layers.
@@ -109,7 +109,7 @@ def moe(  # noqa: PLR0917 - the order of the contract
     Source: openai/gpt-oss, gpt_oss/torch/model.py, MLPBlock and swiglu.
     """
     inputs = _arguments(x, router_indices, router_weights, gate_up, gate_up_bias, down, down_bias)
-    activation = Activation(float(limit), float(alpha))
+    activation = Activation.checked(limit, alpha)
     out: Array = _moe(OP.choose(implementation, *inputs).name, activation, vary_alike(inputs))
     return out
 

@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int32
 
 from tensorport.kernels import native
-from tensorport.kernels.mxfp4_moe.types import ELSEWHERE, Activation, DenseExperts, Experts, TransposedExperts
+from tensorport.kernels.mxfp4_moe.types import Activation, DenseExperts, Experts, TransposedExperts
 from tensorport.kernels.registry import Device
 
 __all__ = ["moe", "moe_int8", "refuses"]
@@ -30,7 +30,7 @@ def refuses(device: Device, x: Array, router_indices: Array, router_weights: Arr
 
 def moe(
     x: Float[Array, "t h"],
-    router_indices: Integer[Array, "t k"],
+    router_indices: Int32[Array, "t k"],
     router_weights: Float[Array, "t k"],
     experts: Experts | DenseExperts,
     activation: Activation,
@@ -43,7 +43,7 @@ def moe(
 
 def moe_int8(
     x: Float[Array, "t h"],
-    router_indices: Integer[Array, "t k"],
+    router_indices: Int32[Array, "t k"],
     router_weights: Float[Array, "t k"],
     experts: Experts,
     activation: Activation,
@@ -55,17 +55,16 @@ def moe_int8(
 def _call(  # noqa: PLR0917 - those of moe
     target: str,
     x: Float[Array, "t h"],
-    router_indices: Integer[Array, "t k"],
+    router_indices: Int32[Array, "t k"],
     router_weights: Float[Array, "t k"],
     experts: Experts | DenseExperts,
     activation: Activation,
 ) -> Float[Array, "t h"]:
     result = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    ids = native.as_ids(router_indices, experts.gate_up.shape[0], ELSEWHERE)
     weights = router_weights.astype(jnp.float32)
     gate_up_bias, down_bias = native.as_float(experts.gate_up_bias), native.as_float(experts.down_bias)
     # An MXFP4Array has two leaves, blocks and scales, and a dense array is its own.
-    args = jax.tree.leaves((x, ids, weights, experts.gate_up, gate_up_bias, experts.down, down_bias))
+    args = jax.tree.leaves((x, router_indices, weights, experts.gate_up, gate_up_bias, experts.down, down_bias))
     constants = {"limit": np.float32(activation.limit), "alpha": np.float32(activation.alpha)}
     out: Array = native.call(target, result, *args, **constants)
     return out

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as pltriton
-from jaxtyping import Array, Float, Int32, Integer
+from jaxtyping import Array, Float, Int32
 
 from tensorport.kernels.grouping import chunk_by_expert
 from tensorport.kernels.mxfp4_expert_matmul.configs import FEW_TOKENS, choose_triton
@@ -27,7 +27,7 @@ __all__ = ["moe"]
 
 def moe(
     x: Float[Array, "t h"],
-    router_indices: Integer[Array, "t k"],
+    router_indices: Int32[Array, "t k"],
     router_weights: Float[Array, "t k"],
     experts: Experts,
     activation: Activation,
@@ -47,7 +47,7 @@ def moe(
 def _few_pairs(  # noqa: PLR0917 - the arguments of moe in their order
     config: TritonConfig,
     x: Float[Array, "t h"],
-    router_indices: Integer[Array, "t k"],
+    router_indices: Int32[Array, "t k"],
     router_weights: Float[Array, "t k"],
     experts: Experts,
     activation: Activation,
@@ -144,7 +144,7 @@ def _row(  # noqa: PLR0917 - what a linear layer is made of
 def _many_pairs(  # noqa: PLR0917 - the arguments of moe in their order
     config: TritonConfig,
     x: Float[Array, "t h"],
-    router_indices: Integer[Array, "t k"],
+    router_indices: Int32[Array, "t k"],
     router_weights: Float[Array, "t k"],
     experts: Experts,
     activation: Activation,

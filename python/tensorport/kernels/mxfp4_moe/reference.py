@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int32
 
 from tensorport.kernels.mxfp4_moe.types import ELSEWHERE, Activation, Experts
 from tensorport.kernels.swiglu import clamped_swiglu
@@ -14,7 +14,7 @@ __all__ = ["moe"]
 
 def moe(
     x: Float[Array, "t h"],
-    router_indices: Integer[Array, "t k"],
+    router_indices: Int32[Array, "t k"],
     router_weights: Float[Array, "t k"],
     experts: Experts,
     activation: Activation,

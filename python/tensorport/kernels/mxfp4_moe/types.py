@@ -51,3 +51,10 @@ class Activation(NamedTuple):
 
     limit: float
     alpha: float
+
+    @classmethod
+    def checked(cls, limit: float, alpha: float) -> "Activation":
+        """Those of a caller; refuses a limit between whose signs there is nothing."""
+        if not limit >= 0:
+            raise ValueError(f"limit: found {limit}, expected at least 0")
+        return cls(float(limit), float(alpha))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32, Integer
+from jaxtyping import Array, Float, Int32
 
 from tensorport.kernels.grouping import Chunks, chunk_by_expert
 from tensorport.kernels.linear.xla import linear
@@ -21,7 +21,7 @@ __all__ = ["moe", "moe_gradients"]
 
 def moe(
     x: Float[Array, "t h"],
-    router_indices: Integer[Array, "t k"],
+    router_indices: Int32[Array, "t k"],
     router_weights: Float[Array, "t k"],
     experts: Experts | DenseExperts | TransposedExperts,
     activation: Activation,
@@ -84,7 +84,7 @@ def _transposed_linear(
 def moe_gradients(  # noqa: PLR0917 - the arguments of moe in their order
     g: Float[Array, "t h"],
     x: Float[Array, "t h"],
-    router_indices: Integer[Array, "t k"],
+    router_indices: Int32[Array, "t k"],
     router_weights: Float[Array, "t k"],
     experts: Experts,
     activation: Activation,
@@ -132,7 +132,7 @@ def moe_gradients(  # noqa: PLR0917 - the arguments of moe in their order
 
 
 def _grouped(
-    x: Float[Array, "t h"], router_indices: Integer[Array, "t k"], experts: Experts | DenseExperts | TransposedExperts
+    x: Float[Array, "t h"], router_indices: Int32[Array, "t k"], experts: Experts | DenseExperts | TransposedExperts
 ) -> tuple[Config, Chunks]:
     """Pairs by expert: pair number t * k + i is the i-th choice of token t."""
     config = Config.choose(Device.of(x, experts), router_indices.size, experts.gate_up.shape[0])

@@ -1,8 +1,7 @@
 """write_slots: checked once, computed by one of several implementations."""
 
-import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int32
 
 from tensorport.kernels import native as native_kernels
 from tensorport.kernels.arguments import float_array, integer_array, same_size
@@ -14,7 +13,7 @@ __all__ = ["OP", "write_slots"]
 
 def _arguments(array: ArrayLike, rows: ArrayLike, slots: ArrayLike) -> tuple[Array, Array, Array]:
     array, rows = float_array("array", array, 4), float_array("rows", rows, 4)
-    slots = integer_array("slots", slots, 2).astype(jnp.int32)
+    slots = integer_array("slots", slots, 2)
     same_size("B, the rows of the batch", {"array": array.shape[0], "rows": rows.shape[0], "slots": slots.shape[0]})
     same_size("T, the number of rows", {"rows": rows.shape[1], "slots": slots.shape[1]})
     same_size("G, the number of heads", {"array": array.shape[2], "rows": rows.shape[2]})
@@ -33,7 +32,7 @@ OP = Op(
 def write_slots(
     array: Float[ArrayLike, "b s g d"],
     rows: Float[ArrayLike, "b t g d"],
-    slots: Integer[ArrayLike, "b t"],
+    slots: Int32[ArrayLike, "b t"],
     *,
     implementation: ImplementationName = "auto",
 ) -> Float[Array, "b s g d"]:
