@@ -168,14 +168,11 @@ impl<'a> Job<'a> {
             let task = unsafe { &*self.task };
             done += 1;
             if let Err(panic) = catch_unwind(AssertUnwindSafe(|| task(number))) {
-                let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
-                if first.is_none() {
-                    *first = Some(panic);
-                } else {
-                    // Never dropped, for that may panic, and nobody may leave `run` before `wait`.
-                    mem::forget(panic);
+                let panic = self.keep_first(panic);
+                // To drop it may panic in turn, and nobody may leave `run` before `wait`.
+                if let Err(another) = catch_unwind(AssertUnwindSafe(|| drop(panic))) {
+                    mem::forget(another);
                 }
-                drop(first);
                 // Nobody claims what is left from here on; so it is counted here.
                 done += self.tasks.saturating_sub(self.next.swap(self.tasks, Ordering::Relaxed));
             }
@@ -184,6 +181,16 @@ impl<'a> Job<'a> {
         if done > 0 && self.done.fetch_add(done, Ordering::AcqRel) + done == self.tasks {
             self.caller.unpark();
         }
+    }
+
+    /// Keeps a panic for the caller, or gives it back if there is one.
+    fn keep_first(&self, panic: Box<dyn Any + Send>) -> Option<Box<dyn Any + Send>> {
+        let mut first = self.panic.lock().unwrap_or_else(PoisonError::into_inner);
+        if first.is_some() {
+            return Some(panic);
+        }
+        *first = Some(panic);
+        None
     }
 
     fn claim(&self) -> Option<usize> {
@@ -335,7 +342,8 @@ mod tests {
         struct PanicsWhenDropped;
         impl Drop for PanicsWhenDropped {
             fn drop(&mut self) {
-                panic!("dropped");
+                // Of no bytes, for what this leaves is never freed.
+                std::panic::panic_any(());
             }
         }
 
