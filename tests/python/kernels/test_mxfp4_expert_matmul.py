@@ -35,7 +35,7 @@ def test_values_are_those_of_float64(function: Callable[..., Any], tokens: int, 
     ids = np.random.default_rng(1).integers(0, E, tokens)
     with jax.enable_x64(dtype == "float64"):
         x = random_array(tokens, K, dtype=dtype)
-        found = function(x, w, jnp.asarray(ids))
+        found = function(x, w, jnp.asarray(ids, jnp.int32))
     assert (found.dtype, found.shape) == (x.dtype, (tokens, N))
     assert_close(found, *expected_rows(x, w, ids), K)
 

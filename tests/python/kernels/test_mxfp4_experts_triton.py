@@ -39,10 +39,9 @@ class TestExpertMatmul:
         assert_close(found, *expert_products(x, w, ids), self.K)
 
     @pytest.mark.parametrize("ids", [[2] * 40, [0, 5] * 20, list(range(6)) * 7, [5, 4, 3]])
-    @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8])
-    def test_groups_of_any_size(self, ids: list[int], dtype: Any) -> None:
+    def test_groups_of_any_size(self, ids: list[int]) -> None:
         w, x = random_weights(self.E, self.N, self.K), random_array(len(ids), self.K)
-        assert_close(expert_matmul(x, w, jnp.asarray(ids, dtype)), *expert_products(x, w, ids), self.K)
+        assert_close(expert_matmul(x, w, jnp.asarray(ids)), *expert_products(x, w, ids), self.K)
 
     @pytest.mark.parametrize("tokens", [FEW, MANY])
     def test_tokens_without_an_expert_become_nan_and_no_others(self, tokens: int) -> None:
