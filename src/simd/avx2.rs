@@ -57,7 +57,9 @@ const SPREAD: [[i8; 32]; 2] = {
 const PAIRS: [i8; 16] = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15];
 
 // SAFETY of all blocks below: a value of the type exists only where the processor has the instructions. None of them
-// touches memory, but `_mm_prefetch`, which reads nothing and takes any address, and the one in `load_words`.
+// touches memory, but `_mm_prefetch`, which reads nothing and takes any address, and the one in `load_first_words`.
+//
+// No closures around them: those would not be compiled for these instructions.
 impl Vectors for Avx2 {
     type Floats = [__m256; 2];
     type Words = [__m256i; 2];

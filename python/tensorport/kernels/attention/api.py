@@ -3,7 +3,7 @@
 from typing import Any
 
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Integer
 
 from tensorport.kernels import triton
 from tensorport.kernels.arguments import float_array, integer_array, same_size
@@ -61,8 +61,8 @@ def attention(  # noqa: PLR0917 - arrays in the order in which every attention t
     query: Float[ArrayLike, "b t n d"],
     key: Float[ArrayLike, "b s g d"],
     value: Float[ArrayLike, "b s g d"],
-    query_positions: Int32[ArrayLike, "b t"],
-    key_positions: Int32[ArrayLike, "b s"],
+    query_positions: Integer[ArrayLike, "b t"],
+    key_positions: Integer[ArrayLike, "b s"],
     sinks: Float[ArrayLike, " n"] | None = None,
     *,
     sliding_window: int | None = None,

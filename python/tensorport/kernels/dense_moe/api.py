@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Integer
 
 from tensorport.kernels.arguments import float_array, integer_array
 from tensorport.kernels.mxfp4_moe import native, xla
@@ -62,7 +62,7 @@ OP = Op(
 
 def dense_moe(  # noqa: PLR0917 - the order of mxfp4.moe
     x: Float[ArrayLike, "t h"],
-    router_indices: Int32[ArrayLike, "t k"],
+    router_indices: Integer[ArrayLike, "t k"],
     router_weights: Float[ArrayLike, "t k"],
     gate_up: Float[ArrayLike, "e i2 h"],
     gate_up_bias: Float[ArrayLike, "e i2"],

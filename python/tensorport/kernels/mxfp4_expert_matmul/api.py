@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 from jax.typing import ArrayLike
-from jaxtyping import Array, BFloat16, Float, Int32
+from jaxtyping import Array, BFloat16, Float, Integer
 
 from tensorport.kernels import native as native_kernels
 from tensorport.kernels import triton
@@ -46,7 +46,7 @@ OP = Op(
 def expert_matmul(
     x: Float[ArrayLike, "t k"],
     w: BFloat16[MXFP4Array, "e n k"],
-    expert_ids: Int32[ArrayLike, " t"],
+    expert_ids: Integer[ArrayLike, " t"],
     *,
     implementation: ImplementationName = "auto",
 ) -> Float[Array, "t n"]:

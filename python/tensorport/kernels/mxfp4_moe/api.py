@@ -4,7 +4,7 @@ from functools import partial
 
 import jax
 from jax.typing import ArrayLike
-from jaxtyping import Array, BFloat16, Float, Int32
+from jaxtyping import Array, BFloat16, Float, Integer
 
 from tensorport.kernels import native as native_kernels
 from tensorport.kernels import triton
@@ -63,7 +63,7 @@ OP = Op(
 
 def moe(  # noqa: PLR0917 - the order of the contract
     x: Float[ArrayLike, "t h"],
-    router_indices: Int32[ArrayLike, "t k"],
+    router_indices: Integer[ArrayLike, "t k"],
     router_weights: Float[ArrayLike, "t k"],
     gate_up: BFloat16[MXFP4Array, "e i2 h"],
     gate_up_bias: Float[ArrayLike, "e i2"],

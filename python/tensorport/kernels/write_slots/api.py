@@ -1,7 +1,7 @@
 """write_slots: checked once, computed by one of several implementations."""
 
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Integer
 
 from tensorport.kernels import native as native_kernels
 from tensorport.kernels.arguments import float_array, integer_array, same_size
@@ -32,7 +32,7 @@ OP = Op(
 def write_slots(
     array: Float[ArrayLike, "b s g d"],
     rows: Float[ArrayLike, "b t g d"],
-    slots: Int32[ArrayLike, "b t"],
+    slots: Integer[ArrayLike, "b t"],
     *,
     implementation: ImplementationName = "auto",
 ) -> Float[Array, "b s g d"]:
